@@ -1,0 +1,39 @@
+"""One example: a prompt and its answers as tokens. Every source ends here, every layout starts here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer to a prompt.
+
+    Attributes:
+      tokens: int32 [n], the answer with its EOS where it has one; n ≥ 1.
+      weights: float32 [n], how much each token counts: 1, or 0 in a masked turn.
+      role: CHOSEN (or desirable) or REJECTED (or undesirable), of ``dpo_jax.types``.
+      score: the annotator's score, 0 where there is none.
+    """
+
+    tokens: np.ndarray
+    weights: np.ndarray
+    role: int
+    score: float = 0.0
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt with its answers: (chosen, rejected), or a single one.
+
+    Attributes:
+      uid: identity of the example in its source: stable over epochs, shuffles and processes.
+      prompt: int32 [p], with the BOS where the tokenizer has one; p ≥ 1, since the first target needs a source.
+      answers: one or two answers.
+    """
+
+    uid: int
+    prompt: np.ndarray
+    answers: tuple[Answer, ...]
