@@ -1,0 +1,27 @@
+"""Sets up the process of the tests, before jax is imported for the first time."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    # Eight devices, so that programs for several devices run anywhere.
+    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    # Threads of XLA's pool: with one for each of a few cores, collectives of eight devices can wait for ever.
+    NPROC="32",
+    # Nothing is fetched: tests use what the repository and its packages hold.
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    NO_GCE_CHECK="true",
+    MPLBACKEND="Agg",
+)
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling takes as long as it takes, and a failure must show again on the next run.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("tests")
