@@ -131,9 +131,9 @@ def _roughly(seconds: float) -> str:
 
 
 def _is_terminal(stream: TextIO) -> bool:
-    """Whether a bar can be drawn: some pseudo-terminals have no width."""
+    """Whether a bar can be drawn: some pseudo-terminals have no size."""
     try:
-        return stream.isatty() and os.get_terminal_size(stream.fileno()).columns > 0
+        return stream.isatty() and min(os.get_terminal_size(stream.fileno())) > 0
     except (OSError, ValueError):
         return False
 
