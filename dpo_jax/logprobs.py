@@ -1,0 +1,111 @@
+"""From hidden states to log-probabilities of answers. All of it in fp32, whatever the model's dtype.
+
+The head runs on targets only, in chunks whose logits are recomputed in the backward pass: [R, L, V] never exists, and
+neither does [R, M, V].
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpo_jax.models.layers import training_mask
+from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
+
+
+class TokenScores(NamedTuple):
+    """fp32 arrays of one shape: log-probability of the target, entropy of the distribution, log Σ_v p(v)²; nats."""
+
+    logp: Array
+    entropy: Array
+    log_collision: Array
+
+
+def score(
+    model: nn.Module, params: Params, batch: TokenBatch, grouping: tuple[int, int], chunk: int
+) -> SequenceLogps:
+    """Log-probabilities of all slots of a batch, by example.
+
+    Args:
+      model: a family's module.
+      params: its parameters.
+      batch: R rows whose slots, in order, are X examples of A answers of C parts.
+      grouping: (A, C): answers of an example, and slots of an answer (2 when its prompt has one, else 1).
+      chunk: targets whose logits exist at a time.
+
+    Returns:
+      SequenceLogps of shape [X, A, C].
+    """
+    variables = {"params": params}
+    mask = training_mask(batch.group_RL, batch.branch_RL)
+    hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask)
+    hidden_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
+    head_VD = model.apply(variables, method="head")
+    scores = token_scores(hidden_RMD, head_VD, batch.target_RM, chunk)
+    return _sum_slots(scores, batch, grouping)
+
+
+def token_scores(hidden_RMD: Array, head_VD: Array, target_RM: Array, chunk: int) -> TokenScores:
+    """Scores of targets, ``chunk`` of them at a time.
+
+    Args:
+      hidden_RMD: the states that predict the targets.
+      head_VD: the output matrix.
+      target_RM: int32.
+      chunk: targets whose logits exist at a time.
+
+    Returns:
+      TokenScores of shape [R, M]; entropy and log_collision carry no gradient.
+    """
+    count = target_RM.size
+    chunk = min(chunk, count)
+    padding = -count % chunk
+    hidden = jnp.pad(hidden_RMD.reshape(count, -1), ((0, padding), (0, 0)))
+    target = jnp.pad(target_RM.reshape(count), (0, padding))
+    pieces = hidden.reshape(-1, chunk, hidden.shape[-1]), target.reshape(-1, chunk)
+    scores = jax.lax.map(jax.checkpoint(lambda piece: _score_chunk(piece[0], head_VD, piece[1])), pieces)
+    return TokenScores(*(a.reshape(-1)[:count].reshape(target_RM.shape) for a in scores))
+
+
+def _score_chunk(hidden_CD: Array, head_VD: Array, target_C: Array) -> TokenScores:
+    logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, head_VD.astype(hidden_CD.dtype), preferred_element_type=jnp.float32)
+    normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
+    logp_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0] - normalizer_C
+    logp_CV = jax.lax.stop_gradient(logits_CV - normalizer_C[:, None])
+    p_CV = jnp.exp(logp_CV)
+    return TokenScores(logp_C, -jnp.sum(p_CV * logp_CV, axis=-1), jnp.log(jnp.sum(p_CV * p_CV, axis=-1)))
+
+
+def group(array_RS: Array, grouping: tuple[int, int]) -> Array:
+    """[R, S] → [X, A, C]."""
+    return array_RS.reshape(-1, *grouping)
+
+
+def _sum_slots(scores: TokenScores, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
+    slots = batch.role_RS.shape[1]
+    weight_RM = batch.weight_RM
+    member_RMS = (batch.slot_RM[:, :, None] == jnp.arange(slots)) & (weight_RM > 0)[:, :, None]
+
+    def total(values_RM: Array) -> Array:
+        # A masked sum rather than a matrix product, which some hardware would round to bf16.
+        return group(jnp.sum(jnp.where(member_RMS, (weight_RM * values_RM)[:, :, None], 0.0), axis=1), grouping)
+
+    return SequenceLogps(
+        sum=total(scores.logp),
+        tail=total(jnp.where(_past_shortest(member_RMS, grouping), scores.logp, 0.0)),
+        count=total(jnp.ones_like(weight_RM)),
+        entropy=total(scores.entropy),
+        overlap=total(jax.lax.stop_gradient(scores.logp) - scores.log_collision),
+    )
+
+
+def _past_shortest(member_RMS: Array, grouping: tuple[int, int]) -> Array:
+    """Which targets come after as many tokens as the shortest answer of their example has, bool [R, M]."""
+    length_XAC = group(jnp.sum(member_RMS, axis=1), grouping)
+    shortest_XAC = jnp.broadcast_to(jnp.min(length_XAC, axis=1, keepdims=True), length_XAC.shape)
+    shortest_RS = shortest_XAC.reshape(-1, member_RMS.shape[2])
+    rank_RMS = jnp.cumsum(member_RMS, axis=1)  # 1 for a slot's first target
+    return jnp.any(member_RMS & (rank_RMS > shortest_RS[:, None, :]), axis=2)

@@ -1,0 +1,345 @@
+"""The pure train and evaluation steps: (state, batch, hyper) → (state, metrics).
+
+One compiled step scores the answers through policy and reference parameters, forms the loss over the *global* batch,
+whatever the number of devices and micro-batches, and updates the policy.
+
+Losses are separable or coupled. A separable loss is a sum over answers whose counts are known from the data alone, so each
+micro-batch pulls its own part of the gradient back. A coupled loss (AOT's sort, a running mean of rewards) needs all
+log-probabilities first: they are gathered, the loss is differentiated with respect to them, and each device pulls its own
+slice back, micro-batch by micro-batch. Both are exact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from dpo_jax.logprobs import group, score
+from dpo_jax.losses.objective import Objective, Scored, Totals
+from dpo_jax.metrics import Metrics, Total
+from dpo_jax.optim import schedule
+from dpo_jax.types import UNUSED, Array, Params, PreferenceBatch, SequenceLogps, TokenBatch
+
+
+@struct.dataclass
+class TrainState:
+    """All that a run needs to go on.
+
+    Attributes:
+      step: int32 scalar, updates done.
+      params: the policy.
+      reference: the frozen reference; None when the objective needs none. The optimizer never sees it.
+      opt_state: optax's.
+      loss_state: what the losses' statistics remember.
+    """
+
+    step: Array
+    params: Params
+    reference: Params | None
+    opt_state: Any
+    loss_state: Any
+
+
+@struct.dataclass
+class Hyper:
+    """Traced numbers: changing one does not recompile."""
+
+    loss: dict[str, Array]
+    learning_rate: Array
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What is compiled in.
+
+    Attributes:
+      answers: A, answers of an example.
+      schedule: name of the learning-rate schedule.
+      warmup: its rise, steps.
+      steps: updates of the whole run.
+      head_chunk: targets whose logits exist at a time.
+      reference_sync_every: TR-DPO (arXiv 2404.09656): steps between moves of the reference toward the policy; None is never.
+      reference_sync_rate: α of reference ← α·policy + (1−α)·reference.
+    """
+
+    answers: int
+    schedule: str
+    warmup: int
+    steps: int
+    head_chunk: int
+    reference_sync_every: int | None = None
+    reference_sync_rate: float = 0.6
+
+
+@dataclass(frozen=True)
+class Axis:
+    """The devices that share a batch: a pmap axis, or none where one program sees the whole batch."""
+
+    name: str | None = None
+
+    def sum(self, tree: Any) -> Any:
+        return jax.lax.psum(tree, self.name) if self.name else tree
+
+    def gather(self, tree: Any) -> Any:
+        """Joins the leading axes of all devices' arrays."""
+        if not self.name:
+            return tree
+        return jax.tree.map(lambda a: jax.lax.all_gather(a, self.name, tiled=True), tree)
+
+    def own(self, tree: Any, like: Any) -> Any:
+        """This device's part of gathered arrays; ``like`` has the leading size of one part."""
+        if not self.name:
+            return tree
+        size = jax.tree.leaves(like)[0].shape[0]
+        start = jax.lax.axis_index(self.name) * size
+        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), tree)
+
+
+def init_state(
+    objective: Objective, optimizer: optax.GradientTransformation, params: Params, reference: Params | None
+) -> TrainState:
+    """A fresh state. ``reference`` is left out when the objective does not read it."""
+    return TrainState(
+        step=jnp.int32(0),
+        params=params,
+        reference=reference if objective.needs_reference else None,
+        opt_state=optimizer.init(params),
+        loss_state=objective.initial_state(),
+    )
+
+
+def make_train_step(
+    model: nn.Module,
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    config: StepConfig,
+    axis: Axis = Axis(),  # noqa: B008 - frozen
+) -> Callable[[TrainState, PreferenceBatch, Hyper], tuple[TrainState, Metrics]]:
+    """Builds the pure train step.
+
+    Args:
+      model: a family's module.
+      objective: what to minimise.
+      optimizer: optax transformation for a learning rate of 1.
+      config: what is compiled in.
+      axis: the devices that share the batch.
+
+    Returns:
+      step(state, batch, hyper) → (state, metrics). Leaves of ``batch`` are [micro-batches, R, …].
+    """
+    scorer = Scorer(model, objective, config.answers, config.head_chunk)
+
+    def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        totals, frozen = _before_gradient(scorer, state, batch, axis)
+        if objective.couples_batch:
+            grads, metrics, loss_state = _coupled(scorer, state, batch, hyper, totals, frozen, axis)
+        else:
+            grads, metrics, loss_state = _separable(scorer, state, batch, hyper, totals, frozen, axis)
+        grads = axis.sum(grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        rate = hyper.learning_rate * schedule(config.schedule, state.step, warmup=config.warmup, steps=config.steps)
+        params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+        number = state.step + 1
+        reference = _moved_reference(state.reference, params, number, config)
+        metrics = dict(axis.sum(metrics))
+        metrics["grad_norm"], metrics["learning_rate"] = Total(optax.global_norm(grads)), Total(rate)
+        return TrainState(number, params, reference, opt_state, loss_state), metrics
+
+    return step
+
+
+def make_eval_step(
+    model: nn.Module,
+    objective: Objective,
+    answers: int,
+    head_chunk: int,
+    axis: Axis = Axis(),  # noqa: B008 - frozen
+) -> Callable[[TrainState, PreferenceBatch, Hyper], Metrics]:
+    """Builds the pure evaluation step: metrics of one batch, to be merged over batches, without an update."""
+    scorer = Scorer(model, objective, answers, head_chunk)
+
+    def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> Metrics:
+        totals, frozen = _before_gradient(scorer, state, batch, axis)
+        policy = _over_micro(lambda b: scorer.policy(state.params, b), batch.answers)
+        scored = axis.gather(_flat(scorer.scored(policy, frozen.reference, batch.answers)))
+        numbers, _ = _statistics(objective, state, hyper, scored, totals, frozen)
+        metrics = objective.metrics(hyper.loss, scored, totals, numbers)
+        return dict(metrics)
+
+    return step
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores token batches by example, as the objective asks."""
+
+    model: nn.Module
+    objective: Objective
+    answers: int
+    chunk: int
+
+    @property
+    def grouping(self) -> tuple[int, int]:
+        return self.answers, 2 if self.objective.needs_prompt else 1
+
+    def policy(self, params: Params, batch: TokenBatch) -> SequenceLogps:
+        """[X, A, C]."""
+        return score(self.model, params, batch, self.grouping, self.chunk)
+
+    def reference(self, params: Params | None, batch: TokenBatch) -> SequenceLogps:
+        """[X, A, C] without a gradient; zeros when the objective needs no reference."""
+        if params is None:
+            zeros = jnp.zeros_like(group(batch.role_RS, self.grouping), jnp.float32)
+            return SequenceLogps(zeros, zeros, zeros, zeros, zeros)
+        return jax.lax.stop_gradient(self.policy(jax.lax.stop_gradient(params), batch))
+
+    def mismatched_ratio(self, state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
+        """(summed log-ratios in nats, which of them are real), both [R·S], without a gradient."""
+        grouping = (batch.role_RS.shape[1], 1)
+        policy = score(self.model, state.params, batch, grouping, self.chunk)
+        reference = score(self.model, state.reference, batch, grouping, self.chunk)
+        return (policy.sum - reference.sum).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
+
+    def scored(self, policy: SequenceLogps, reference: SequenceLogps, batch: TokenBatch) -> Scored:
+        shape = policy.sum.shape
+        return Scored(policy, reference, batch.role_RS.reshape(shape), batch.score_RS.reshape(shape))
+
+
+@struct.dataclass
+class _Frozen:
+    """What a step knows before any gradient: reference scores [micro, X, A, C] and the mismatched log-ratios [global B]."""
+
+    reference: SequenceLogps
+    mismatched_ratio_B: Array | None
+    mismatched_mask_B: Array | None
+
+
+def _before_gradient(scorer: Scorer, state: TrainState, batch: PreferenceBatch, axis: Axis) -> tuple[Totals, _Frozen]:
+    shape = (*batch.answers.role_RS.shape[:1], -1, *scorer.grouping)
+    role, count = batch.answers.role_RS.reshape(shape), _counts(batch.answers).reshape(shape)
+    totals = scorer.objective.totals(*(a.reshape(-1, *a.shape[2:]) for a in (role, count)))
+    reference = _over_micro(lambda b: scorer.reference(state.reference, b), batch.answers)
+    ratio = mask = None
+    if scorer.objective.needs_mismatched:
+        pieces = _over_micro(lambda b: scorer.mismatched_ratio(state, b), batch.mismatched)
+        ratio, mask = axis.gather(_flat(jax.lax.stop_gradient(pieces)))
+    return axis.sum(totals), _Frozen(reference, ratio, mask)
+
+
+def _separable(
+    scorer: Scorer,
+    state: TrainState,
+    batch: PreferenceBatch,
+    hyper: Hyper,
+    totals: Totals,
+    frozen: _Frozen,
+    axis: Axis,
+) -> tuple[Params, Metrics, Any]:
+    """Gradient and metrics of this device's shard, micro-batch by micro-batch."""
+    numbers, loss_state = _statistics(scorer.objective, state, hyper, None, totals, frozen)
+
+    def gradient(piece: tuple[TokenBatch, SequenceLogps]) -> tuple[Params, Metrics]:
+        tokens, reference = piece
+        policy, pull_back = jax.vjp(lambda params: scorer.policy(params, tokens), state.params)
+        scored = scorer.scored(policy, reference, tokens)
+        cotangent, metrics = _differentiate(scorer.objective, hyper, scored, totals, numbers)
+        return pull_back(cotangent)[0], metrics
+
+    grads, metrics = _sum_over_micro(gradient, (batch.answers, frozen.reference))
+    return grads, metrics, loss_state
+
+
+def _coupled(
+    scorer: Scorer,
+    state: TrainState,
+    batch: PreferenceBatch,
+    hyper: Hyper,
+    totals: Totals,
+    frozen: _Frozen,
+    axis: Axis,
+) -> tuple[Params, Metrics, Any]:
+    """The same for a loss that sees the whole batch: all log-probabilities first, then the vector–Jacobian products."""
+    single = batch.answers.tokens_RL.shape[0] == 1
+    score_all = lambda params: _over_micro(lambda b: scorer.policy(params, b), batch.answers)  # noqa: E731
+    # One micro-batch keeps its activations; several are scored once more when they are pulled back.
+    policy, pull_back = jax.vjp(score_all, state.params) if single else (score_all(state.params), None)
+    own = scorer.scored(policy, frozen.reference, batch.answers)
+    whole = axis.gather(_flat(own))
+    numbers, loss_state = _statistics(scorer.objective, state, hyper, whole, totals, frozen)
+    cotangent, metrics = _differentiate(scorer.objective, hyper, whole, totals, numbers)
+    cotangent = axis.own(cotangent, _flat(policy))
+    cotangent = jax.tree.map(lambda c, p: c.reshape(p.shape), cotangent, policy)
+    # Every device has computed the metrics of the whole batch; each reports its share of their sum.
+    metrics = jax.tree.map(lambda m: m / axis.sum(1.0), metrics)
+    if pull_back is not None:
+        return pull_back(cotangent)[0], metrics, loss_state
+
+    def gradient(piece: tuple[TokenBatch, SequenceLogps]) -> Params:
+        tokens, own_cotangent = piece
+        return jax.vjp(lambda params: scorer.policy(params, tokens), state.params)[1](own_cotangent)[0]
+
+    return _sum_over_micro(gradient, (batch.answers, cotangent)), metrics, loss_state
+
+
+def _differentiate(
+    objective: Objective, hyper: Hyper, scored: Scored, totals: Totals, numbers: Mapping[str, Any]
+) -> tuple[SequenceLogps, Metrics]:
+    """Gradient of the loss with respect to the policy's log-probabilities, and the metrics."""
+
+    def loss(policy: SequenceLogps) -> Array:
+        return objective.loss(hyper.loss, scored.replace(policy=policy), totals, numbers)
+
+    cotangent = jax.grad(loss)(scored.policy)
+    return cotangent, objective.metrics(hyper.loss, scored, totals, numbers)
+
+
+def _statistics(
+    objective: Objective, state: TrainState, hyper: Hyper, scored: Scored | None, totals: Totals, frozen: _Frozen
+) -> tuple[dict[str, Any], Any]:
+    return objective.statistics(
+        hyper.loss, state.loss_state, scored, totals, frozen.mismatched_ratio_B, frozen.mismatched_mask_B
+    )
+
+
+def _moved_reference(reference: Params | None, params: Params, step: Array, config: StepConfig) -> Params | None:
+    if reference is None or config.reference_sync_every is None:
+        return reference
+    rate = jnp.where(step % config.reference_sync_every == 0, config.reference_sync_rate, 0.0)
+    return jax.tree.map(lambda r, p: jnp.where(rate > 0, rate * p + (1 - rate) * r, r), reference, params)
+
+
+def _counts(batch: TokenBatch) -> Array:
+    """Σ of weights by slot, [micro, R, S]."""
+    slots = jnp.arange(batch.role_RS.shape[-1])
+    member = batch.slot_RM[..., None] == slots
+    return jnp.sum(jnp.where(member, batch.weight_RM[..., None], 0.0), axis=-2)
+
+
+def _flat(tree: Any) -> Any:
+    """Joins the micro-batch axis and the one after it."""
+    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+
+
+def _over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:
+    """Maps over the leading axis, one micro-batch at a time; a single one is not wrapped in a loop."""
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], pieces)))
+    return jax.lax.map(fn, pieces)
+
+
+def _sum_over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:
+    """Σ of ``fn`` over micro-batches, in constant memory."""
+    first = jax.tree.map(lambda a: a[0], pieces)
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+        return fn(first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, first))
+    add = partial(jax.tree.map, jnp.add)
+    return jax.lax.scan(lambda total, piece: (add(total, fn(piece)), None), zeros, pieces)[0]
