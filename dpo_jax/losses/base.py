@@ -21,13 +21,14 @@ class Answers:
     Attributes:
       logp_B: policy log-probability under the loss's reduction (sum, token mean or length-desensitised).
       reference_B: the same under the reference; 0 for a loss that needs none.
-      shaped_B: s(logp − reference), the divergence's score of the log-ratio (``losses/divergences.py``).
+      shaped_B: s(log-ratio), the divergence's score (``losses/divergences.py``); under the reduction ``mean`` it is the
+        score of the summed log-ratio, divided by the number of tokens. The plain log-ratio for the reverse KL.
       sum_B: policy log-probability, always summed over tokens; for likelihood terms.
       count_B: number of tokens (Σ of their weights), at least 1.
       prompt_sum_B: policy log-probability of the prompt, summed; 0 unless the loss declares ``needs_prompt``.
       score_B: the annotator's score, 0 where the data has none.
-      mean_count: scalar, mean ``count_B`` of the chosen answers of the global batch: ``-sum_B / mean_count``, averaged over
-        answers, is the token-mean negative log-likelihood, whatever the micro-batch.
+      mean_count: scalar, mean ``count_B`` of the chosen answers of the global batch: ``-sum_B / mean_count``, averaged
+        over answers, is the token-mean negative log-likelihood, whatever the micro-batch.
       mean_full_count: scalar, the same with the tokens of the prompt included.
     """
 
@@ -51,8 +52,9 @@ class Answers:
 class Loss:
     """A row of the table of losses.
 
-    ``fn`` takes, by ``sees``, ``(chosen)``, ``(chosen, rejected)`` or ``(answers, desirable_B)``, then its hyper-parameters as
-    keyword-only arguments whose defaults are the paper's, and returns one value per answer or pair, [B].
+    ``fn`` takes, by ``sees``, ``(chosen)``, ``(chosen, rejected)`` or ``(answers, desirable_B)``, then its
+    hyper-parameters as keyword-only arguments whose defaults are the paper's (or, where it names none, the customary),
+    and returns one value per answer or pair, [B].
 
     Attributes:
       fn: the loss.
@@ -62,10 +64,12 @@ class Loss:
       needs_prompt: whether it reads ``prompt_sum_B``.
       couples_batch: whether one value depends on the log-probabilities of other answers of the global batch.
       reduction: the paper's reduction of token log-probabilities.
-      statistic: ``(state, units, mask_B, mismatched_ratio_B, mismatched_mask_B, **hyper) → (numbers, state)``, computed on the
-        global batch without a gradient before the loss; ``units`` are the loss's positional arguments (None unless
-        ``couples_batch``). The numbers are passed to ``fn`` as keyword arguments.
+      statistic: ``(state, units, mask_B, mismatched_ratio_B, mismatched_mask_B, *, update, **hyper) → (numbers,
+        state)``, computed on the global batch without a gradient before the loss; ``units`` are the loss's positional
+        arguments (None unless ``couples_batch``), and ``update`` is false in evaluation, where nothing is remembered.
+        The numbers are passed to ``fn`` as keyword arguments.
       state: what the statistic remembers from step to step, with its initial values.
+      takes_divergence: whether it reads ``shaped_B``, so that another divergence than the reverse KL makes sense.
     """
 
     fn: Callable[..., Array]
@@ -77,6 +81,7 @@ class Loss:
     reduction: Reduction = "sum"
     statistic: Callable[..., tuple[dict[str, Array], dict[str, Array]]] | None = None
     state: Mapping[str, float] = field(default_factory=dict)
+    takes_divergence: bool = False
 
 
 def masked_mean(values_B: Array, mask_B: Array) -> Array:

@@ -23,5 +23,27 @@ def dpo(chosen: Answers, rejected: Answers, *, beta: float = 0.1, label_smoothin
     Returns:
       float32 [B].
     """
-    logits_B = beta * (chosen.shaped_B - rejected.shaped_B)
-    return -(1 - label_smoothing) * jax.nn.log_sigmoid(logits_B) - label_smoothing * jax.nn.log_sigmoid(-logits_B)
+    return logistic(beta * (chosen.shaped_B - rejected.shaped_B), label_smoothing)
+
+
+def sigmoid_norm(chosen: Answers, rejected: Answers, *, beta: float = 5.0) -> Array:
+    """−log σ(β(s(c)/|w| − s(r)/|l|)): DPO of token means.
+
+    Length-normalised DPO of Tülu 3 (Lambert et al. 2024, arXiv 2411.15124, eq. 6). It is :func:`dpo` under the
+    reduction ``mean``; its β is larger because a mean over tokens is smaller than a sum.
+
+    Args:
+      chosen: the preferred answers, [B].
+      rejected: the other answers, [B].
+      beta: β > 0, tokens/nat.
+
+    Returns:
+      float32 [B].
+    """
+    return logistic(beta * (chosen.shaped_B - rejected.shaped_B))
+
+
+def logistic(logits_B: Array, label_smoothing: float | Array = 0.0) -> Array:
+    """−(1−ε) log σ(x) − ε log σ(−x): the Bradley–Terry likelihood of labels that are wrong with probability ε."""
+    right_B, wrong_B = jax.nn.log_sigmoid(logits_B), jax.nn.log_sigmoid(-logits_B)
+    return -(1 - label_smoothing) * right_B - label_smoothing * wrong_B

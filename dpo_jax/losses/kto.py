@@ -43,9 +43,37 @@ def kto(
 def reference_point(
     state: dict[str, Array], units: None, mask_B: None, mismatched_ratio_B: Array, mismatched_mask_B: Array, **_: Any
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """z = max(0, mean log-ratio of answers after other examples' prompts), the paper's estimate of KL(policy ‖ reference).
+    """z = max(0, mean log-ratio of answers after other examples' prompts).
 
-    The mismatched (prompt, answer) pairs are formed over the global batch (§4.1 of arXiv 2402.01306), so that z depends
-    neither on the number of devices nor on micro-batches.
+    The paper's estimate of KL(policy ‖ reference), §4.1 of arXiv 2402.01306. The mismatched (prompt, answer) pairs are
+    formed over the global batch, so that z depends neither on the number of devices nor on micro-batches.
     """
     return {"reference_point": jnp.maximum(0.0, masked_mean(mismatched_ratio_B, mismatched_mask_B))}, state
+
+
+def weight_warning(
+    desirable: int, undesirable: int, *, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
+) -> str | None:
+    """Says so when λ_D n_D / (λ_U n_U) is outside [1, 4/3], the range that §4.2 of arXiv 2402.01306 advises.
+
+    Args:
+      desirable: n_D, desirable answers in the data.
+      undesirable: n_U, undesirable ones.
+      desirable_weight: λ_D.
+      undesirable_weight: λ_U.
+
+    Returns:
+      A warning with a λ_D that would do, or None when all is well.
+    """
+    if desirable == 0 or undesirable == 0:
+        kind = "desirable" if desirable == 0 else "undesirable"
+        return f"the data has no {kind} answers: kto then only learns to make every answer more, or less, likely"
+    ratio = desirable_weight * desirable / (undesirable_weight * undesirable)
+    if 1 - 1e-6 <= ratio <= 4 / 3 + 1e-6:
+        return None
+    low = undesirable_weight * undesirable / desirable
+    return (
+        f"kto: desirable_weight*n_D / (undesirable_weight*n_U) = {desirable_weight:g}*{desirable} / "
+        f"({undesirable_weight:g}*{undesirable}) = {ratio:.3g}, outside [1, 1.33]; "
+        f"a desirable_weight between {low:.3g} and {low * 4 / 3:.3g} would balance the two kinds"
+    )
