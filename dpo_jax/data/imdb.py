@@ -44,7 +44,7 @@ _STALE_SECONDS = 3600  # a preparation takes seconds: an unfinished one of this 
 _BREAK = re.compile(r"<br\s*/?>", re.IGNORECASE)
 # The reviews were written in Windows-1252 and read as Latin-1: a dash became the control character U+0096.
 _WINDOWS_1252 = {code: bytes([code]).decode("cp1252", "replace").replace("\ufffd", " ") for code in range(0x80, 0xA0)}
-_CONTROLS = {code: " " for code in (*range(0x20), 0x7F)}
+_CONTROLS = dict.fromkeys((*range(0x20), 0x7F), " ")
 # A lone surrogate cannot be written as UTF-8.
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -334,6 +334,6 @@ def _is_prepared(builder: ImdbParts) -> bool:
 
 def _remove_stale(folder: Path) -> None:
     # TFDS writes into incomplete.*, then renames; a killed process leaves that folder behind.
-    for path in folder.glob("incomplete.*"):
+    for path in Path(folder).glob("incomplete.*"):
         if time.time() - path.stat().st_mtime > _STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -22,7 +22,8 @@ def test_vocabulary_has_the_size_and_four_special_tokens():
 @settings(max_examples=150, deadline=None)
 def test_any_text_comes_back_and_makes_no_special_token(text):
     (tokens,) = tokenizers.encode(TOKENIZER, [text])
-    assert tokens.dtype == np.int32 and np.all(tokens >= len(tokenizers.SPECIAL_TOKENS))
+    assert tokens.dtype == np.int32
+    assert np.all(tokens >= len(tokenizers.SPECIAL_TOKENS))
     assert tokenizers.decode(TOKENIZER, tokens) == text
 
 

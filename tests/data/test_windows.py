@@ -79,7 +79,8 @@ def test_windows_of_any_text_keep_their_promises(raw, size, uid):
         assert 2 <= len(tokens) <= size
         assert tokens[0] == (more if n else bos)
         assert not {bos, more, TOKENIZER.pad_token_id} & set(tokens[1:])
-        assert tokens.count(eos) == int(window.complete) and eos not in tokens[:-1]
+        assert tokens.count(eos) == int(window.complete)
+        assert eos not in tokens[:-1]
     assert [uid for uid, _ in found] == [found[0][0] + n for n in range(len(found))]
 
     opening = found[0][1]
@@ -88,7 +89,8 @@ def test_windows_of_any_text_keep_their_promises(raw, size, uid):
     assert own == whole[: len(own)]
     prompt = windows.prompt_tokens(opening, seed=0, uid=uid).tolist()
     assert prompt == opening.tokens.tolist()[: len(prompt)]
-    assert 2 <= len(prompt) <= 9 and eos not in prompt
+    assert 2 <= len(prompt) <= 9
+    assert eos not in prompt
 
 
 @pytest.mark.parametrize("size", [4, 16, 64])
@@ -110,18 +112,22 @@ def test_more_than_a_batch_of_reviews_comes_in_order():
 
 def test_example_of_a_window():
     example = windows.window_example(7, windows.Window(np.array([BOS, 11, 12, EOS], np.int32), complete=True))
-    assert example.uid == 7 and example.prompt.tolist() == [BOS]
+    assert example.uid == 7
+    assert example.prompt.tolist() == [BOS]
     (answer,) = example.answers
     assert answer.tokens.tolist() == [11, 12, EOS]
-    assert answer.weights.tolist() == [1, 1, 1] and answer.weights.dtype == np.float32
-    assert answer.role == types.CHOSEN and answer.score == 0
+    assert answer.weights.tolist() == [1, 1, 1]
+    assert answer.weights.dtype == np.float32
+    assert answer.role == types.CHOSEN
+    assert answer.score == 0
 
 
 def test_prompt_lengths_are_even_and_depend_on_seed_and_uid_alone():
     opening = windows.Window(np.array([BOS, *range(11, 40), EOS], np.int32), complete=True)
     lengths = [len(windows.prompt_tokens(opening, 0, uid)) - 1 for uid in range(1400)]
     counts = np.bincount(lengths, minlength=9)
-    assert counts[:2].tolist() == [0, 0] and counts.sum() == 1400
+    assert counts[:2].tolist() == [0, 0]
+    assert counts.sum() == 1400
     # 200 expected of each length, with a standard deviation of 13.
     assert np.all(np.abs(counts[2:] - 200) < 60)
     assert lengths == [len(windows.prompt_tokens(opening, 0, uid)) - 1 for uid in range(1400)]
