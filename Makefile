@@ -45,7 +45,7 @@ format: $(STAMP)
 $(STAMP): requirements.lock
 	@if [ ! -e $@ ]; then $(CHECK_PYTHON) && echo 'Creating $(VENV)' && $(PYTHON) -m venv --clear $(VENV); fi
 	@rm -f $@
-	@echo 'Installing requirements.lock into $(VENV): once, a few minutes'
+	@echo 'Installing requirements.lock into $(VENV): once, one or two minutes'
 	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements.lock
 	@touch $@
 

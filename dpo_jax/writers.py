@@ -243,15 +243,21 @@ def truncate_after(path: Path, step: int | None) -> int | None:
     """
     if not path.exists():
         return None
-    last, size = None, 0
-    for record, end in _records(path):
-        if step is None or record["step"] > step:
-            break  # whatever follows is cut off, damaged or not
-        last, size = int(record["step"]), end
+    last, size = (None, 0) if step is None else _last_record(path, step)
     # Steps are in order, so that a cut is enough: it cannot fail half-way, and works on a full disk.
     if path.stat().st_size != size:
         os.truncate(path, size)
     return last
+
+
+def _last_record(path: Path, step: int) -> tuple[int | None, int]:
+    """The last step up to ``step``, and the offset of the end of its line."""
+    last, size = None, 0
+    for record, end in _records(path):
+        if record["step"] > step:
+            break  # whatever follows is cut off, damaged or not
+        last, size = int(record["step"]), end
+    return last, size
 
 
 def _records(path: Path) -> Iterator[tuple[dict[str, float], int]]:
