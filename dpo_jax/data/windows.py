@@ -75,6 +75,27 @@ def sentences_of(text: str) -> list[str]:
     return sentences
 
 
+def sentence_runs(text: str, characters: int) -> list[str]:
+    """Cuts a text into runs of whole sentences.
+
+    With 12 characters, ``"Bad. Sad. I left early."`` gives ``"Bad. Sad."`` and ``" I left early."``.
+
+    Args:
+      text: with single spaces between words.
+      characters: most characters of a run; a longer sentence is a run by itself.
+
+    Returns:
+      The runs, which joined are the text.
+    """
+    runs: list[str] = []
+    for sentence in sentences_of(text):
+        if runs and len(runs[-1]) + len(sentence) <= characters:
+            runs[-1] += sentence
+        else:
+            runs.append(sentence)
+    return runs
+
+
 def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     if "!" in match.group() or "?" in match.group():
         return True

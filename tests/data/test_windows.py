@@ -58,6 +58,11 @@ def test_sentences(text, sentences):
     assert windows.sentences_of(text) == sentences
 
 
+def test_runs_of_sentences():
+    assert windows.sentence_runs("Bad. Sad. I left early.", 12) == ["Bad. Sad.", " I left early."]
+    assert windows.sentence_runs("", 12) == []
+
+
 @given(TEXTS)
 @settings(max_examples=150, deadline=None)
 def test_sentences_and_their_tokens_join_to_the_text(raw):
