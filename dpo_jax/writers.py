@@ -190,8 +190,8 @@ class TensorBoardWriter(Writer):
         self._closed = False
         with _explained(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # The process id keeps a run that restarts within a second from writing over its own events.
-            self._events = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            # The library names files by whole seconds: a run that restarts within one would write over its own events.
+            self._events = EventsWriter(str(folder / "events"), f".{time.time_ns()}")
             # TensorBoard hides what earlier files hold from this step on.
             start = SessionLog(status=SessionLog.START)
             first_step = 0 if resume_step is None else resume_step + 1
