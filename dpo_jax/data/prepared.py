@@ -54,7 +54,7 @@ class Metadata:
       name: name of the dataset.
       tokenizer: fingerprint of the tokenizer that encoded the examples.
       counts: examples of every split.
-      fingerprints: sha256 over the records of every split, hexadecimal: identity of the data.
+      fingerprints: sha256 over the examples of every split, hexadecimal: identity of the data.
       sizes: bytes of every file of records.
       details: how the examples were made; any JSON.
     """
@@ -163,9 +163,9 @@ def _write_split(
     digest = hashlib.sha256()
     with contextlib.closing(shards):
         for example in examples:
-            record = features.serialize_example(features.encode_example(_record_of(example, to_text)))
-            digest.update(len(record).to_bytes(8, "big") + record)
-            shards.write(record)
+            record = _record_of(example, to_text)
+            _add(record, digest)
+            shards.write(features.serialize_example(record))
     if not shards.lengths:
         raise ValueError(f"The split {template.split!r} holds no example; expected one or more.")
     for index, path in enumerate(shards.paths):
@@ -215,7 +215,7 @@ def _record_of(example: Example, to_text: Callable[[np.ndarray], str] | None) ->
     _check(example)
     answers = example.answers
     return {
-        "uid": example.uid,
+        "uid": int(example.uid),
         "prompt": np.asarray(example.prompt, np.int32),
         "answer_tokens": np.concatenate([answer.tokens for answer in answers]).astype(np.int32),
         "answer_weights": np.concatenate([answer.weights for answer in answers]).astype(np.float32),
@@ -225,6 +225,16 @@ def _record_of(example: Example, to_text: Callable[[np.ndarray], str] | None) ->
         "prompt_text": to_text(example.prompt) if to_text else "",
         "answer_texts": [to_text(answer.tokens) if to_text else "" for answer in answers],
     }
+
+
+def _add(record: dict[str, Any], digest: hashlib._Hash) -> None:
+    # Not the serialized bytes: a protocol buffer writes its map in an order that differs between processes.
+    for name, value in record.items():
+        if isinstance(value, np.ndarray):
+            digest.update(f"{name} {len(value)} ".encode())
+            digest.update(value.tobytes())
+        else:
+            digest.update(json.dumps([name, value]).encode())
 
 
 def _check(example: Example) -> None:
@@ -291,7 +301,7 @@ class PreparedExamples(Sequence[Example]):
 
     Attributes:
       metadata: what the folder holds.
-      fingerprint: sha256 over the records of the split: identity of the data, hexadecimal.
+      fingerprint: sha256 over the examples of the split: identity of the data, hexadecimal.
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: str | None = None):
