@@ -200,7 +200,7 @@ SOURCES: dict[str, Callable[[Path], Iterator[tuple[str, int]]]] = {
 # --- the prepared dataset --------------------------------------------------------------------------------------------
 
 
-class ImdbParts(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class ImdbParts(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Prepared reviews: one TFDS config for a source, one split for a part."""
 
     # A change of the cleaning or of the parts needs a new version: folders of the old one are then left alone.

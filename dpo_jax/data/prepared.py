@@ -26,7 +26,7 @@ import contextlib
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Metadata:
       name: name of the dataset.
       tokenizer: fingerprint of the tokenizer that encoded the examples.
       counts: examples of every split.
+      answers: answers of each example, for every split.
       fingerprints: sha256 over the examples of every split, hexadecimal: identity of the data.
       sizes: bytes of every file of records.
       details: how the examples were made; any JSON.
@@ -62,13 +63,14 @@ class Metadata:
     name: str
     tokenizer: str
     counts: dict[str, int]
+    answers: dict[str, int]
     fingerprints: dict[str, str]
     sizes: dict[str, int]
     details: dict[str, Any] = field(default_factory=dict)
 
 
 def _features() -> tfds.features.FeaturesDict:
-    def array(dtype):
+    def array(dtype: type) -> tfds.features.Tensor:
         return tfds.features.Tensor(shape=(None,), dtype=dtype)
 
     return tfds.features.FeaturesDict(
@@ -117,7 +119,8 @@ def write_examples(
       What was written.
 
     Raises:
-      ValueError: no split, a split without examples, a malformed example or name.
+      ValueError: no split, a split without examples, a malformed example or name, or examples of one split that differ
+        in their number of answers.
       OSError: the folder cannot be written.
     """
     if not splits or not name.isidentifier() or not all(split.isidentifier() for split in splits):
@@ -128,10 +131,13 @@ def write_examples(
     json.dumps(details)  # fails before the examples are made, not after
     with folders.replaced_folder(folder, f"the prepared examples {name}") as incomplete:
         template = tfds.core.ShardedFileTemplate(data_dir=incomplete, dataset_name=name, filetype_suffix="array_record")
-        infos, fingerprints = [], {}
+        infos: list[tfds.core.SplitInfo] = []
+        fingerprints: dict[str, str] = {}
+        answers: dict[str, int] = {}
         for split, examples in splits.items():
-            info, fingerprints[split] = _write_split(examples, template.replace(split=split), to_text, max_shard_bytes)
-            infos.append(info)
+            content = _Content(split, to_text)
+            infos.append(_write_records(content.records(examples), template.replace(split=split), max_shard_bytes))
+            fingerprints[split], answers[split] = content.digest.hexdigest(), content.answers
         tfds.folder_dataset.write_metadata(
             data_dir=incomplete,
             features=_features(),
@@ -143,6 +149,7 @@ def write_examples(
             name=name,
             tokenizer=tokenizer,
             counts={info.name: info.num_examples for info in infos},
+            answers=answers,
             fingerprints=fingerprints,
             sizes={path.name: path.stat().st_size for path in sorted(incomplete.glob("*.array_record*"))},
             details=details,
@@ -152,31 +159,57 @@ def write_examples(
     return metadata
 
 
-def _write_split(
-    examples: Iterable[Example],
-    template: tfds.core.ShardedFileTemplate,
-    to_text: Callable[[np.ndarray], str] | None,
-    max_shard_bytes: int,
-) -> tuple[tfds.core.SplitInfo, str]:
-    features = _features()
-    shards = _Shards(Path(template.data_dir), template.split, max_shard_bytes)
-    digest = hashlib.sha256()
-    with contextlib.closing(shards):
+class _Content:
+    """What is known of a split once all its records have gone by."""
+
+    def __init__(self, split: str, to_text: Callable[[np.ndarray], str] | None):
+        self.digest = hashlib.sha256()
+        self.answers = 0
+        self._split, self._to_text = split, to_text
+
+    def records(self, examples: Iterable[Example]) -> Iterator[bytes]:
+        features = _features()
         for example in examples:
-            record = _record_of(example, to_text)
-            _add(record, digest)
-            shards.write(features.serialize_example(record))
-    if not shards.lengths:
-        raise ValueError(f"The split {template.split!r} holds no example; expected one or more.")
+            record = _record_of(example, self._to_text)
+            self._count(example)
+            self._add(record)
+            yield features.serialize_example(record)
+        if not self.answers:
+            raise ValueError(f"The split {self._split!r} holds no example; expected one or more.")
+
+    def _count(self, example: Example) -> None:
+        self.answers = self.answers or len(example.answers)
+        if len(example.answers) != self.answers:
+            raise ValueError(
+                f"Example {example.uid} of the split {self._split!r} has {len(example.answers)} answers, those before "
+                f"it have {self.answers}; expected the same number in a whole split. Write them as two datasets."
+            )
+
+    def _add(self, record: dict[str, Any]) -> None:
+        # Not the serialized bytes: a protocol buffer writes its map in an order that differs between processes.
+        for name, value in record.items():
+            if isinstance(value, np.ndarray):
+                self.digest.update(f"{name} {len(value)} ".encode())
+                self.digest.update(value.tobytes())
+            else:
+                self.digest.update(json.dumps([name, value]).encode())
+
+
+def _write_records(
+    records: Iterable[bytes], template: tfds.core.ShardedFileTemplate, max_shard_bytes: int
+) -> tfds.core.SplitInfo:
+    shards = _Shards(Path(template.data_dir), template.split, max_shard_bytes)
+    with contextlib.closing(shards):
+        for record in records:
+            shards.write(record)
     for index, path in enumerate(shards.paths):
         path.rename(template.sharded_filepath(shard_index=index, num_shards=len(shards.paths)))
-    info = tfds.core.SplitInfo(
+    return tfds.core.SplitInfo(
         name=template.split,
         shard_lengths=shards.lengths,
         num_bytes=shards.total_bytes,
         filename_template=template,
     )
-    return info, digest.hexdigest()
 
 
 class _Shards:
@@ -187,23 +220,26 @@ class _Shards:
         self.lengths: list[int] = []
         self.total_bytes = 0
         self._folder, self._split, self._max_bytes = folder, split, max_bytes
-        self._writer, self._bytes = None, 0
+        self._writer: array_record_module.ArrayRecordWriter | None = None
+        self._bytes = 0
 
     def write(self, record: bytes) -> None:
-        if self._writer is None or self._bytes + len(record) > self._max_bytes:
-            self._open_next()
-        self._writer.write(record)
+        writer = self._writer
+        if writer is None or self._bytes + len(record) > self._max_bytes:
+            writer = self._open_next()
+        writer.write(record)
         self._bytes += len(record)
         self.total_bytes += len(record)
         self.lengths[-1] += 1
 
-    def _open_next(self) -> None:
+    def _open_next(self) -> array_record_module.ArrayRecordWriter:
         self.close()
         self.paths.append(self._folder / f"{self._split}.{len(self.paths)}.unnamed")
         self.lengths.append(0)
         self._bytes = 0
         # One record a group: any record is read without its neighbours.
         self._writer = array_record_module.ArrayRecordWriter(str(self.paths[-1]), "group_size:1")
+        return self._writer
 
     def close(self) -> None:
         if self._writer is not None:
@@ -225,16 +261,6 @@ def _record_of(example: Example, to_text: Callable[[np.ndarray], str] | None) ->
         "prompt_text": to_text(example.prompt) if to_text else "",
         "answer_texts": [to_text(answer.tokens) if to_text else "" for answer in answers],
     }
-
-
-def _add(record: dict[str, Any], digest: hashlib._Hash) -> None:
-    # Not the serialized bytes: a protocol buffer writes its map in an order that differs between processes.
-    for name, value in record.items():
-        if isinstance(value, np.ndarray):
-            digest.update(f"{name} {len(value)} ".encode())
-            digest.update(value.tobytes())
-        else:
-            digest.update(json.dumps([name, value]).encode())
 
 
 def _check(example: Example) -> None:
@@ -296,11 +322,12 @@ def read_metadata(folder: str | Path) -> Metadata:
     return metadata
 
 
-class PreparedExamples(Sequence[Example]):
+class PreparedExamples:
     """Random access to the prepared examples of a split, in the order of writing; a source for grain.
 
     Attributes:
       metadata: what the folder holds.
+      answers: answers of each example.
       fingerprint: sha256 over the examples of the split: identity of the data, hexadecimal.
     """
 
@@ -327,6 +354,7 @@ class PreparedExamples(Sequence[Example]):
                 f"tokenizer in use is {tokenizer}: the same numbers would mean other words. Use the first tokenizer, "
                 "or prepare the examples again with the second."
             )
+        self.answers = self.metadata.answers[split]
         self.fingerprint = self.metadata.fingerprints[split]
         try:
             self._rows = tfds.builder_from_directory(self._folder).as_data_source(split=split)
@@ -355,6 +383,9 @@ class PreparedExamples(Sequence[Example]):
         weights = np.split(row["answer_weights"], borders)
         fields = zip(tokens, weights, row["roles"].tolist(), row["scores"].tolist(), strict=True)
         return Example(int(row["uid"]), row["prompt"], tuple(Answer(*values) for values in fields))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
 
     def texts(self, index: int) -> tuple[str, tuple[str, ...]]:
         """The texts that were written beside an example.
@@ -424,7 +455,8 @@ def pairs_of(prompt: np.ndarray, answers: Sequence[tuple[np.ndarray, float]], ui
             raise ValueError(f"An answer to prompt {uid} has the score {score}; expected a finite number.")
         tokens = np.asarray(tokens, np.int32)
         unique.setdefault(tokens.tobytes(), (tokens, float(np.float32(score))))
-    examples, ties = [], 0
+    examples: list[Example] = []
+    ties = 0
     for first, second in itertools.combinations(unique.values(), 2):
         if first[1] == second[1]:
             ties += 1

@@ -149,7 +149,7 @@ def decode(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray | Sequence[int
     Returns:
       The text; bytes that are no UTF-8 become U+FFFD.
     """
-    return tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+    return str(tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True))
 
 
 def more_token_id(tokenizer: PreTrainedTokenizerFast) -> int:

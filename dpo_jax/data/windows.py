@@ -102,8 +102,8 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     follower = text[match.end() + 1 : match.end() + 2]
     if not follower or follower.islower():
         return False
-    word = _LAST_WORD.search(text, max(0, match.start() - 12), match.start())
-    word = word.group() if word else ""
+    last = _LAST_WORD.search(text, max(0, match.start() - 12), match.start())
+    word = last.group() if last else ""
     return not (word.lower() in _ABBREVIATIONS or _INITIALS.match(word))
 
 

@@ -13,6 +13,7 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.special import expit
@@ -172,7 +173,7 @@ class SentimentReward:
         return reward
 
 
-def _vectorizer(words: int, **kwargs) -> TfidfVectorizer:
+def _vectorizer(words: int, **kwargs: Any) -> TfidfVectorizer:
     return TfidfVectorizer(ngram_range=(1, words), sublinear_tf=True, token_pattern=_WORD, **kwargs)
 
 

@@ -42,9 +42,14 @@ def test_old_folder_stays_until_the_new_one_is_whole(tmp_path):
 def test_error_keeps_the_old_folder_and_passes_through(tmp_path):
     folder = tmp_path / "a"
     write(folder, "one")
-    with pytest.raises(KeyboardInterrupt), folders.replaced_folder(folder, "the text") as incomplete:
-        (incomplete / "half").touch()
-        raise KeyboardInterrupt
+
+    def interrupted():
+        with folders.replaced_folder(folder, "the text") as incomplete:
+            (incomplete / "half").touch()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert [path.name for path in folder.iterdir()] == ["text"]
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 

@@ -62,12 +62,13 @@ def test_record_is_that_of_the_table(tmp_path):
 
 def test_examples_come_back_in_their_order(tmp_path):
     pairs = [pair(2**53 - 1 - n, length=1 + n % 5) for n in range(300)]
-    metadata = write(tmp_path / "data", {"train": iter(pairs), "eval": [single(3), pair(2)]}, details={"seed": 0})
+    metadata = write(tmp_path / "data", {"train": iter(pairs), "eval": [single(3), single(2)]}, details={"seed": 0})
     assert metadata.counts == {"train": 300, "eval": 2}
     assert prepared.read_metadata(tmp_path / "data") == metadata
     train, held_out = (prepared.PreparedExamples(tmp_path / "data", split, TOKENIZER) for split in ("train", "eval"))
     assert [as_values(train[n]) for n in range(300)] == [as_values(example) for example in pairs]
-    assert [as_values(example) for example in held_out] == [as_values(single(3)), as_values(pair(2))]
+    assert [as_values(example) for example in held_out] == [as_values(single(3)), as_values(single(2))]
+    assert (train.answers, held_out.answers) == (2, 1)
     assert train.texts(0) == ("", ("", ""))
     for array in (train[0].prompt, train[0].answers[1].tokens):
         assert array.dtype == np.int32
@@ -238,6 +239,12 @@ EMPTY = np.zeros(0, np.int32)
 def test_malformed_examples_are_refused(example, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         write(tmp_path / "data", {"train": [example]})
+    assert not list(tmp_path.iterdir())
+
+
+def test_examples_of_different_numbers_of_answers_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Example 4 of the split 'train' has 1 answers, those before it have 2"):
+        write(tmp_path / "data", {"train": [pair(3), single(4)]})
     assert not list(tmp_path.iterdir())
 
 
