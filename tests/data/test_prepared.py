@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dpo_jax import types
-from dpo_jax.data import prepared
+from dpo_jax.data import pairs, prepared
 from dpo_jax.data.example import Answer, Example
 
 TOKENIZER = "a" * 64
@@ -61,12 +61,12 @@ def test_record_is_that_of_the_table(tmp_path):
 
 
 def test_examples_come_back_in_their_order(tmp_path):
-    pairs = [pair(2**53 - 1 - n, length=1 + n % 5) for n in range(300)]
-    metadata = write(tmp_path / "data", {"train": iter(pairs), "eval": [single(3), single(2)]}, details={"seed": 0})
+    examples = [pair(2**53 - 1 - n, length=1 + n % 5) for n in range(300)]
+    metadata = write(tmp_path / "data", {"train": iter(examples), "eval": [single(3), single(2)]}, details={"seed": 0})
     assert metadata.counts == {"train": 300, "eval": 2}
     assert prepared.read_metadata(tmp_path / "data") == metadata
     train, held_out = (prepared.PreparedExamples(tmp_path / "data", split, TOKENIZER) for split in ("train", "eval"))
-    assert [as_values(train[n]) for n in range(300)] == [as_values(example) for example in pairs]
+    assert [as_values(train[n]) for n in range(300)] == [as_values(example) for example in examples]
     assert [as_values(example) for example in held_out] == [as_values(single(3)), as_values(single(2))]
     assert (train.answers, held_out.answers) == (2, 1)
     assert train.texts(0) == ("", ("", ""))
@@ -267,49 +267,12 @@ def test_folder_under_a_file_is_named(tmp_path):
         write(tmp_path / "data" / "pairs", {"train": [pair(0)]})
 
 
-PROMPT = np.array([1, 11], np.int32)
-
-
-def test_four_answers_give_six_pairs():
-    scores = [0.1, 0.9, 0.5, 0.3]
-    made = prepared.pairs_of(PROMPT, [(np.array([n, 2]), score) for n, score in enumerate(scores)], uid=40)
-    assert (made.duplicates, made.ties) == (0, 0)
-    assert [example.uid for example in made.examples] == list(range(40, 46))
-    found = set()
-    for example in made.examples:
-        chosen, rejected = example.answers
-        assert (chosen.role, rejected.role) == (types.CHOSEN, types.REJECTED)
-        assert chosen.score > rejected.score
-        assert example.prompt.tolist() == [1, 11]
-        assert chosen.weights.tolist() == [1, 1]
-        found.add((int(chosen.tokens[0]), int(rejected.tokens[0])))
-    assert found == {(1, 0), (2, 0), (3, 0), (1, 2), (1, 3), (2, 3)}
-
-
-def test_ties_and_duplicates_are_left_out_and_counted():
-    a, b, c = (np.array(tokens) for tokens in ([21, 2], [31, 32, 2], [41, 2]))
-    made = prepared.pairs_of(PROMPT, [(a, 0.9), (b, 0.2), (a, 0.9), (c, 0.2)], uid=0)
-    assert (made.duplicates, made.ties) == (1, 1)
-    sides = [tuple(side.tokens.tolist() for side in example.answers) for example in made.examples]
-    assert sides == [([21, 2], [31, 32, 2]), ([21, 2], [41, 2])]
-
-
-def test_scores_that_differ_only_past_float32_are_ties():
-    made = prepared.pairs_of(PROMPT, [(np.array([3]), 0.5), (np.array([4]), 0.5 + 1e-12)], uid=0)
-    assert (made.examples, made.ties) == ((), 1)
-
-
 def test_pairs_survive_the_disk(tmp_path):
-    made = prepared.pairs_of(PROMPT, [(np.array([n, 2]), n / 7) for n in range(4)], uid=0)
+    made = pairs.pairs_of(np.array([1, 11]), [(np.array([n, 2]), n / 7) for n in range(4)], uid=0)
     write(tmp_path / "data", {"train": made.examples})
     source = prepared.PreparedExamples(tmp_path / "data", "train")
     for written, read in itertools.zip_longest(made.examples, source):
         assert as_values(written) == as_values(read)
-
-
-def test_score_that_is_no_number_is_refused():
-    with pytest.raises(ValueError, match="score nan; expected a finite number"):
-        prepared.pairs_of(PROMPT, [(np.array([3]), 0.5), (np.array([4]), float("nan"))], uid=0)
 
 
 def test_folder_of_a_running_writer_is_left_alone(tmp_path):
