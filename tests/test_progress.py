@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import io
 import logging
@@ -10,7 +11,6 @@ import pty
 import struct
 import termios
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TextIO
 
 import pytest
@@ -36,11 +36,16 @@ class Terminal:
         self._reader = reader
 
     def text(self) -> str:
-        self.stream.flush()
-        return os.read(self._reader, 1 << 16).decode()
+        """Closes the terminal and reads all of it: the kernel hands over in pieces, later than they were written."""
+        self.stream.close()
+        pieces = []
+        with contextlib.suppress(OSError):  # what Linux raises at the end
+            while piece := os.read(self._reader, 1 << 16):
+                pieces.append(piece)
+        return b"".join(pieces).decode()
 
 
-@contextmanager
+@contextlib.contextmanager
 def terminal(rows: int = 24, columns: int = 100) -> Iterator[Terminal]:
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
