@@ -12,7 +12,7 @@ from dpo_jax.losses.aot import aot, aot_unpaired, match_margins, match_ratios
 from dpo_jax.losses.apo import apo_down, apo_zero, apo_zero_unpaired
 from dpo_jax.losses.base import Answers, Loss
 from dpo_jax.losses.bco import INITIAL_SHIFT, bco_pair, bco_unpaired, reward_shift
-from dpo_jax.losses.beta_dpo import INITIAL_BETA, beta_dpo, dynamic_beta
+from dpo_jax.losses.beta_dpo import INITIAL_THRESHOLD, beta_dpo, dynamic_beta
 from dpo_jax.losses.cpo import cpo
 from dpo_jax.losses.discopop import discopop
 from dpo_jax.losses.dpo import dpo, sigmoid_norm
@@ -51,7 +51,7 @@ LOSSES: dict[str, Loss] = {
     "r_dpo": _shaped(r_dpo),
     "odpo": _shaped(odpo),
     "dpop": _shaped(dpop),
-    "beta_dpo": _shaped(beta_dpo, couples_batch=True, statistic=dynamic_beta, state=INITIAL_BETA),
+    "beta_dpo": _shaped(beta_dpo, couples_batch=True, statistic=dynamic_beta, state=INITIAL_THRESHOLD),
     "simpo": Loss(simpo, sees="pairs", needs_reference=False, reduction="mean"),
     "cpo": Loss(cpo, sees="pairs", needs_reference=False),
     "orpo": Loss(orpo, sees="pairs", needs_reference=False, needs_prompt=True, reduction="mean"),

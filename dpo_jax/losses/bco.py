@@ -14,13 +14,13 @@ from dpo_jax.types import Array
 def bco_pair(chosen: Answers, rejected: Answers, *, shift: Array, beta: float = 0.1) -> Array:
     """−log σ(βs(c) − δ) − log σ(−(βs(r) − δ)).
 
-    Eq. 9 of arXiv 2404.04656 on a pair: a classifier whose logit is the reward, moved by the reward shift δ.
+    §4 of arXiv 2404.04656 on a pair: a classifier whose logit is the reward, moved by the reward shift δ.
 
     Args:
       chosen: the preferred answers, [B].
       rejected: the other answers, [B].
       shift: δ, given by :func:`reward_shift` without a gradient.
-      beta: β > 0, 1/nats.
+      beta: β > 0, 1/nats; the paper's runs take 0.01.
 
     Returns:
       float32 [B].
@@ -32,13 +32,13 @@ def bco_pair(chosen: Answers, rejected: Answers, *, shift: Array, beta: float = 
 def bco_unpaired(answers: Answers, desirable_B: Array, *, shift: Array, beta: float = 0.1) -> Array:
     """−log σ(βs − δ) for a desirable answer, −log σ(−(βs − δ)) for an undesirable one.
 
-    Eq. 9 of arXiv 2404.04656.
+    §4 of arXiv 2404.04656, answer by answer.
 
     Args:
       answers: answers of either kind, [B].
       desirable_B: bool, which of them are desirable.
       shift: δ, given by :func:`reward_shift` without a gradient.
-      beta: β > 0, 1/nats.
+      beta: β > 0, 1/nats; the paper's runs take 0.01.
 
     Returns:
       float32 [B].
@@ -50,7 +50,7 @@ def bco_unpaired(answers: Answers, desirable_B: Array, *, shift: Array, beta: fl
 def reward_shift(
     state: dict[str, Array], units: tuple[Any, ...], mask_B: Array, *_: Any, beta: Array, update: bool, **__: Any
 ) -> tuple[dict[str, Array], dict[str, Array]]:
-    """δ = the mean reward of all answers seen so far, this batch included; the paper's reward shift (§4.2).
+    """δ = the mean reward of all answers seen so far, this batch included; the paper's reward shift.
 
     The mean is over answers, not over batches, so that it does not depend on how answers were batched. In evaluation
     (``update`` false) δ is the one that training has left.

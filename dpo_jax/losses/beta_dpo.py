@@ -25,9 +25,9 @@ def beta_dpo(
 ) -> Array:
     """−log σ(β_b Δ), β_b = β(1 + α(M_b − M₀)), Δ = s(c) − s(r).
 
-    Eq. 6 and 7 of arXiv 2407.08639: M_b is the batch's mean margin of rewards βΔ and M₀ its running mean, so that a
-    batch of easily told pairs is given a larger β. The paper's filter, which drops a random fifth of the pairs, is left
-    out: it would make the loss depend on a random draw.
+    The batch-level β of arXiv 2407.08639: M_b is the batch's mean Δ (nats, as in the authors' code) and M₀ its running
+    mean, so that a batch of easily told pairs is given a larger β. The paper's filter, which drops a random fifth of
+    the pairs, is left out: the loss would depend on a random draw.
 
     Args:
       chosen: the preferred answers, [B].
@@ -55,16 +55,15 @@ def dynamic_beta(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """β_b of the global batch, and the running mean M₀, which takes in the batch before it is used.
 
-    The first batch sets M₀. In evaluation (``update`` false) M₀ is the one that training has left.
+    M₀ starts at 0, where Δ does. In evaluation (``update`` false) it is the one that training has left.
     """
     chosen, rejected = units
-    margin = masked_mean(beta * (chosen.shaped_B - rejected.shaped_B), mask_B)
-    moved = momentum * state["threshold"] + (1 - momentum) * margin if update else state["threshold"]
-    threshold = jnp.where(state["seen"] > 0, moved, margin)
-    floor = jnp.minimum(beta, MIN_BETA)
-    batch_beta = jnp.maximum(beta * (1 + adaptation * (margin - threshold)), floor)
-    new = {"seen": jnp.float32(1.0), "threshold": threshold} if update else state
-    return {"batch_beta": batch_beta}, new
+    margin = masked_mean(chosen.shaped_B - rejected.shaped_B, mask_B)
+    threshold = state["threshold"]
+    if update:
+        threshold = momentum * threshold + (1 - momentum) * margin
+    batch_beta = jnp.maximum(beta * (1 + adaptation * (margin - threshold)), jnp.minimum(beta, MIN_BETA))
+    return {"batch_beta": batch_beta}, {"threshold": threshold}
 
 
-INITIAL_BETA = {"seen": 0.0, "threshold": 0.0}
+INITIAL_THRESHOLD = {"threshold": 0.0}

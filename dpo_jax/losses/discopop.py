@@ -18,7 +18,7 @@ def discopop(chosen: Answers, rejected: Answers, *, beta: float = 0.1, temperatu
     Args:
       chosen: the preferred answers, [B].
       rejected: the other answers, [B].
-      beta: β > 0, 1/nats.
+      beta: β > 0, 1/nats; the paper's runs take 0.05.
       temperature: τ > 0, how sharply the loss turns from logistic to exponential at L = 0.
 
     Returns:

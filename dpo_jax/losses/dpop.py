@@ -11,7 +11,7 @@ from dpo_jax.types import Array
 def dpop(chosen: Answers, rejected: Answers, *, beta: float = 0.1, penalty: float = 5.0) -> Array:
     """−log σ(βΔ − λ max(0, ref_w − logp_w)), Δ = s(c) − s(r).
 
-    Eq. 3 of arXiv 2402.13228: pays for a chosen answer that has become less likely than under the reference. The paper
+    arXiv 2402.13228, §3: pays for a chosen answer that has become less likely than under the reference. The paper
     writes the penalty inside the bracket that β multiplies, so that λ = β·λ_paper; its λ_paper = 50 is 5 at β = 0.1.
 
     Args:

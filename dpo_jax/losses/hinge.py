@@ -11,8 +11,8 @@ from dpo_jax.types import Array
 def hinge(chosen: Answers, rejected: Answers, *, beta: float = 0.1) -> Array:
     """max(0, 1 − βΔ), Δ = s(c) − s(r).
 
-    SLiC's rank calibration (arXiv 2305.10425, eq. 1) on log-ratios, the form of RSO (Liu et al. 2023, arXiv 2309.06657,
-    §3.2). A pair whose margin has passed 1 has no gradient.
+    SLiC's rank calibration (§2 of arXiv 2305.10425) on log-ratios, the form of RSO (Liu et al. 2023, arXiv 2309.06657).
+    A pair whose margin has passed 1 has no gradient.
 
     Args:
       chosen: the preferred answers, [B].

@@ -11,13 +11,13 @@ from dpo_jax.types import Array
 def nca_pair(chosen: Answers, rejected: Answers, *, beta: float = 0.1) -> Array:
     """−log σ(βs(c)) − ½ log σ(−βs(c)) − ½ log σ(−βs(r)).
 
-    NCA for two answers of which one is wholly preferred (arXiv 2402.05369, eq. 11). It fixes the reward itself and not
+    NCA for two answers of which one is wholly preferred (§4.1 of arXiv 2402.05369). It fixes the reward itself and not
     only the margin: the chosen answer's settles at βs(c) = log 2.
 
     Args:
       chosen: the preferred answers, [B].
       rejected: the other answers, [B].
-      beta: β > 0, 1/nats.
+      beta: β > 0, 1/nats; the paper's runs take 0.01.
 
     Returns:
       float32 [B].

@@ -12,7 +12,7 @@ from dpo_jax.types import Array
 def odpo(chosen: Answers, rejected: Answers, *, beta: float = 0.1, offset_scale: float = 1.0) -> Array:
     """−log σ(βΔ − α log(score_w − score_l)), Δ = s(c) − s(r).
 
-    Eq. 8 of arXiv 2402.10571 with f = log: the more an answer is preferred, the larger the margin asked for.
+    The offset of arXiv 2402.10571 with f = log: the more an answer is preferred, the larger the margin asked for.
 
     Args:
       chosen: the preferred answers with their annotators' scores, [B].

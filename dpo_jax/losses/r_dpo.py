@@ -11,9 +11,9 @@ from dpo_jax.types import Array
 def r_dpo(chosen: Answers, rejected: Answers, *, beta: float = 0.1, length_penalty: float = 0.01) -> Array:
     """−log σ(βΔ + α(|w| − |l|)), Δ = s(c) − s(r).
 
-    Eq. 9 of arXiv 2403.19159. Maximising E[ρ] − α|y| − β KL gives ρ = β log(π/π_ref) + α|y| + const, so the difference
-    of lengths enters with a plus: a longer chosen answer is partly explained by its length and pulls less. With the
-    sign turned round (α < 0) length would be rewarded.
+    arXiv 2403.19159. Maximising E[ρ] − α|y| − β KL gives ρ = β log(π/π_ref) + α|y| + const, so the difference of
+    lengths enters with a plus: a longer chosen answer is partly explained by its length and pulls less. With a minus (α
+    < 0) length would be rewarded.
 
     Args:
       chosen: the preferred answers, [B].

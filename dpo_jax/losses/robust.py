@@ -11,7 +11,7 @@ from dpo_jax.types import Array
 def robust(chosen: Answers, rejected: Answers, *, beta: float = 0.1, label_smoothing: float = 0.1) -> Array:
     """[−(1−ε) log σ(βΔ) + ε log σ(−βΔ)] / (1−2ε), Δ = s(c) − s(r).
 
-    Eq. 12 of arXiv 2403.00409: an unbiased estimate. Its expectation over labels that are flipped with probability ε is
+    §3.1 of arXiv 2403.00409: an unbiased estimate. Its expectation over labels that are flipped with probability ε is
     DPO's loss on the clean labels. It is unbounded below, unlike :func:`dpo_jax.losses.dpo.dpo`.
 
     Args:
