@@ -41,11 +41,22 @@ def get_config() -> ConfigDict:
                 "name": "dpo",  # a loss, or a sum such as dpo + 0.5*sft; python -m dpo_jax.losses lists them
                 "reduction": placeholder(str),  # of token log-probabilities: sum, mean, desensitized; None: the paper's
                 "divergence": "reverse_kl",  # a name in dpo_jax/losses/divergences.py
+                "wpo": False,  # whether pairs are weighted by the policy's own likelihood of them
                 # Hyper-parameters; None is the paper's default. A loss refuses what it does not take.
-                "beta": placeholder(float),  # 1/nats
-                "label_smoothing": placeholder(float),  # share of pairs believed to be flipped, in [0, 0.5)
-                "desirable_weight": placeholder(float),
-                "undesirable_weight": placeholder(float),
+                "beta": placeholder(float),  # β (τ of ipo), > 0, 1/nats
+                "label_smoothing": placeholder(float),  # ε, share of pairs believed to be flipped, in [0, 0.5)
+                "desirable_weight": placeholder(float),  # λ_D of kto
+                "undesirable_weight": placeholder(float),  # λ_U of kto
+                "gamma": placeholder(float),  # margin of simpo
+                "nll_weight": placeholder(float),  # α of cpo
+                "length_penalty": placeholder(float),  # α of r_dpo, 1/tokens
+                "offset_scale": placeholder(float),  # α of odpo
+                "penalty": placeholder(float),  # λ of dpop
+                "temperature": placeholder(float),  # τ of discopop
+                "adaptation": placeholder(float),  # α of beta_dpo
+                "momentum": placeholder(float),  # of beta_dpo's running mean
+                "divergence_alpha": placeholder(float),  # α of the divergence "alpha"
+                "length_alpha": placeholder(float),  # α of the reduction "desensitized"
             },
             "reference": {
                 "sync_every": placeholder(int),  # TR-DPO: steps between moves toward the policy; None is never
@@ -73,7 +84,7 @@ def get_config() -> ConfigDict:
                 "examples": 256,  # held-out examples for loss, accuracy and margins; 0 leaves them out
                 "prompts": 0,  # held-out prompts to be answered; 0 leaves samples out
                 "temperature": 1.0,
-                "reward": "imdb_sentiment",  # a name in dpo_jax/rewards; judges samples
+                "reward": "sentiment",  # a name in dpo_jax/rewards; judges samples
             },
             "checkpoint": {
                 "every": 100,  # steps
@@ -90,7 +101,7 @@ def get_config() -> ConfigDict:
                 "max_prompt": 8,
                 "temperature": 1.0,
                 "batch_size": 500,  # rows sampled at a time
-                "reward": "imdb_sentiment",  # ranks the answers
+                "reward": "sentiment",  # ranks the answers
             },
         }
     )

@@ -53,6 +53,7 @@ class LossConfig:
     name: str
     reduction: str | None
     divergence: str
+    wpo: bool
     hyper: Mapping[str, float]
 
 
@@ -135,7 +136,9 @@ class Config:
     def objective(self) -> tuple[Objective, dict[str, float]]:
         """The losses with what they need, and their numbers."""
         loss = self.loss
-        return make_objective(loss.name, loss.hyper, reduction=loss.reduction, divergence=loss.divergence)
+        return make_objective(
+            loss.name, loss.hyper, reduction=loss.reduction, divergence=loss.divergence, wpo=loss.wpo
+        )
 
 
 def from_config_dict(config: ConfigDict) -> Config:
@@ -180,7 +183,7 @@ def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
 
 def _gather_hyper(values: Mapping[str, Any]) -> dict[str, Any]:
     """Moves the hyper-parameters that are set into one mapping: which exist is the losses' business."""
-    fixed = {key: values[key] for key in ("name", "reduction", "divergence") if key in values}
+    fixed = {key: values[key] for key in ("name", "reduction", "divergence", "wpo") if key in values}
     hyper = {key: value for key, value in values.items() if key not in fixed and value is not None}
     return {**fixed, "hyper": hyper}
 

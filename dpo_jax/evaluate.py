@@ -84,14 +84,17 @@ class Completer:
             lambda params, batch: score(model, params, batch, (1, 1), head_chunk).sum[:, 0, 0], "score_samples"
         )
 
-    def sample(self, params: Params, prompts: Sequence[np.ndarray], seed: int, temperature: float) -> list[Answer]:
+    def sample(
+        self, params: Params, prompts: Sequence[np.ndarray], seed: int, temperature: float, first_row: int = 0
+    ) -> list[Answer]:
         """One answer to each prompt.
 
         Args:
           params: replicated parameters.
           prompts: int32 [p] each, p at most ``prompt_length``.
-          seed: the answer to prompt i depends on (seed, i) alone, however many rows are sampled at a time.
+          seed: the draws for prompt i depend on (seed, first_row + i) alone, however many rows are sampled at a time.
           temperature: > 0; 1 samples from the model itself.
+          first_row: number of the first prompt, when these are a part of many.
 
         Returns:
           Answers, with the EOS where it was drawn.
@@ -100,7 +103,7 @@ class Completer:
         for start in range(0, len(prompts), self.rows):
             part = prompts[start : start + self.rows]
             tokens, lengths = _right_padded(part, self.rows, self.shape.prompt_length)
-            keys = row_keys(seed, start + np.arange(self.rows))
+            keys = row_keys(seed, first_row + start + np.arange(self.rows))
             heat = np.full(self.rows, temperature, np.float32)
             samples = self._sample(params, tokens, lengths, keys, heat)
             answers += _to_answers(samples, len(part))

@@ -87,7 +87,7 @@ def group(array_RS: Array, grouping: tuple[int, int]) -> Array:
 def _sum_slots(scores: TokenScores, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
     slots = batch.role_RS.shape[1]
     weight_RM = batch.weight_RM
-    member_RMS = (batch.slot_RM[:, :, None] == jnp.arange(slots)) & (weight_RM > 0)[:, :, None]
+    member_RMS = jax.nn.one_hot(batch.slot_RM, slots, dtype=bool) & (weight_RM > 0)[:, :, None]
 
     def total(values_RM: Array) -> Array:
         # A masked sum rather than a matrix product, which some hardware would round to bf16.

@@ -50,7 +50,7 @@ def make_sampler(
         rows, prompt_slots = prompt_RP.shape
         variables = {"params": params}
         head_VD = model.apply(variables, method="head")
-        seen_RT = jnp.arange(prompt_slots) < length_R[:, None]
+        seen_RP = jnp.arange(prompt_slots)[None] < length_R[:, None]
 
         def forward(tokens_RQ: Array, position_RQ: Array, mask_RQT: Array, cache: Cache, start: Array) -> tuple:
             return model.apply(variables, tokens_RQ, position_RQ, mask_RQT, cache, start)
@@ -74,9 +74,9 @@ def make_sampler(
                 length_R=out.length_R + live_R,
                 ended_R=out.ended_R | (token_R == eos),
             )
-            slot = jnp.arange(prompt_slots + max_new_tokens)
-            sampled_T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
-            mask_RT = jnp.pad(seen_RT, ((0, 0), (0, max_new_tokens))) | sampled_T
+            slot = jnp.arange(prompt_slots + max_new_tokens)[None]
+            sampled_1T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
+            mask_RT = jnp.pad(seen_RP, ((0, 0), (0, max_new_tokens))) | sampled_1T
             hidden_RQD, cache = forward(
                 token_R[:, None], (length_R + t)[:, None], mask_RT[:, None], cache, prompt_slots + t
             )
@@ -87,7 +87,7 @@ def make_sampler(
             return (t < max_new_tokens) & ~jnp.all(out.ended_R)
 
         cache = model.apply(variables, rows, prompt_slots + max_new_tokens, method="empty_cache")
-        causal = jnp.tril(jnp.ones((prompt_slots, prompt_slots), bool)) & seen_RT[:, None, :]
+        causal = jnp.tril(jnp.ones((1, prompt_slots, prompt_slots), bool)) & seen_RP[:, None, :]
         position_RP = jnp.broadcast_to(jnp.arange(prompt_slots), prompt_RP.shape)
         mask = jnp.pad(causal, ((0, 0), (0, 0), (0, max_new_tokens)))
         hidden_RPD, cache = forward(prompt_RP, position_RP, mask, cache, jnp.int32(0))

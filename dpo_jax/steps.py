@@ -24,7 +24,7 @@ from flax import struct
 
 from dpo_jax.logprobs import group, score
 from dpo_jax.losses.objective import Objective, Scored, Totals
-from dpo_jax.metrics import Metrics, Total
+from dpo_jax.metrics import Metrics, Ratio, Total
 from dpo_jax.optim import schedule
 from dpo_jax.types import UNUSED, Array, Params, PreferenceBatch, SequenceLogps, TokenBatch
 
@@ -143,14 +143,14 @@ def make_train_step(
             grads, metrics, loss_state = _coupled(scorer, state, batch, hyper, totals, frozen, axis)
         else:
             grads, metrics, loss_state = _separable(scorer, state, batch, hyper, totals, frozen, axis)
-        grads = axis.sum(grads)
+        metrics = {**metrics, "tokens": Total(jnp.sum(batch.answers.weight_RM))}
+        grads, metrics = axis.sum(grads), axis.sum(metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         rate = hyper.learning_rate * schedule(config.schedule, state.step, warmup=config.warmup, steps=config.steps)
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
         number = state.step + 1
         reference = _moved_reference(state.reference, params, number, config)
-        metrics = dict(axis.sum(metrics))
-        metrics["grad_norm"], metrics["learning_rate"] = Total(optax.global_norm(grads)), Total(rate)
+        metrics["grad_norm"], metrics["learning_rate"] = Ratio(optax.global_norm(grads), 1.0), Ratio(rate, 1.0)
         return TrainState(number, params, reference, opt_state, loss_state), metrics
 
     return step
@@ -202,11 +202,11 @@ class Scorer:
         return jax.lax.stop_gradient(self.policy(jax.lax.stop_gradient(params), batch))
 
     def mismatched_ratio(self, state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
-        """(summed log-ratios in nats, which of them are real), both [R·S], without a gradient."""
+        """(log-ratios in nats, which of them are real), both [R·S], without a gradient."""
         grouping = (batch.role_RS.shape[1], 1)
         policy = score(self.model, state.params, batch, grouping, self.chunk)
         reference = score(self.model, state.reference, batch, grouping, self.chunk)
-        return (policy.sum - reference.sum).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
+        return self.objective.mismatched_ratio(policy, reference).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
 
     def scored(self, policy: SequenceLogps, reference: SequenceLogps, batch: TokenBatch) -> Scored:
         shape = policy.sum.shape
@@ -318,8 +318,7 @@ def _moved_reference(reference: Params | None, params: Params, step: Array, conf
 
 def _counts(batch: TokenBatch) -> Array:
     """Σ of weights by slot, [micro, R, S]."""
-    slots = jnp.arange(batch.role_RS.shape[-1])
-    member = batch.slot_RM[..., None] == slots
+    member = jax.nn.one_hot(batch.slot_RM, batch.role_RS.shape[-1], dtype=bool)
     return jnp.sum(jnp.where(member, batch.weight_RM[..., None], 0.0), axis=-2)
 
 

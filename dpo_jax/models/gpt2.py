@@ -139,7 +139,7 @@ class Dense(nn.Module):
         bias = self.param(
             "bias", nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:]), (self.features,)
         )
-        return x @ kernel.astype(c.dtype) + bias.astype(c.dtype)
+        return jax.lax.expand_dims(bias.astype(c.dtype), range(x.ndim - 1)) + x @ kernel.astype(c.dtype)
 
 
 class LayerNorm(nn.Module):

@@ -1,0 +1,21 @@
+"""DPO on the pairs of the sentiment experiment (arXiv 2305.18290, §6.1), from the SFT model; any loss by --config.loss.name.
+
+    python -m dpo_jax.train --config=configs/imdb_dpo.py --workdir=runs/imdb/dpo
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.data.path = "runs/imdb/preferences/examples"
+    config.data.batch_size = 32
+    config.init.run = "runs/imdb/sft"
+    config.optim.learning_rate = 2e-4
+    config.train.epochs = 1.0
+    config.eval.every = 30
+    config.eval.prompts = 256
+    config.checkpoint.every = 60
+    return config

@@ -1,0 +1,15 @@
+"""Preference pairs of the sentiment experiment: four answers of the SFT model to each prompt, ranked by the ground truth.
+
+    python -m dpo_jax.prefer --config=configs/imdb_preferences.py --workdir=runs/imdb/preferences
+"""
+
+from ml_collections import ConfigDict
+
+from configs import base
+
+
+def get_config() -> ConfigDict:
+    config = base.get_config()
+    config.init.run = "runs/imdb/sft"
+    config.train.steps = 1  # nothing is trained
+    return config

@@ -1,0 +1,111 @@
+"""What the sentiment experiment found: a table, samples side by side and the path of reward against KL."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import matplotlib
+import matplotlib.pyplot as plt
+from absl import logging
+
+from dpo_jax.writers import read_metrics
+
+FIGURE, TABLE, SAMPLES = "reward_kl.png", "report.md", "samples.md"
+
+ROWS = {
+    "samples/reward": ("reward of samples, P(positive)", "{:.3f}"),
+    "samples/kl": ("KL(policy ‖ reference), nats a sequence", "{:.2f}"),
+    "eval/rewards/accuracies": ("implicit-reward accuracy on held-out pairs", "{:.3f}"),
+    "eval/rewards/margins": ("implicit-reward margin, β · nats", "{:.3f}"),
+    "samples/length": ("length of answers, tokens", "{:.1f}"),
+    "samples/eos_share": ("share of answers that end with EOS", "{:.3f}"),
+    "samples/repetition": ("repeated trigrams, share", "{:.3f}"),
+}
+
+
+def write(workdir: Path, shown: int = 4) -> None:
+    """Writes and prints the report of a finished experiment.
+
+    Args:
+      workdir: folder of the experiment, with the DPO run in ``dpo``.
+      shown: samples that are printed side by side.
+    """
+    evaluations = [row for row in read_metrics(workdir / "dpo" / "metrics.jsonl") if "samples/reward" in row]
+    table = _table(evaluations[0], evaluations[-1])
+    samples = _samples(workdir / "dpo" / "samples", int(evaluations[-1]["step"]), shown)
+    (workdir / TABLE).write_text(table + "\n" + samples, encoding="utf-8")
+    draw(evaluations, workdir / FIGURE)
+    print(table, samples, sep="\n")
+    _say_where(workdir)
+
+
+def _table(first: dict[str, float], last: dict[str, float]) -> str:
+    lines = ["| | reference | policy |", "|---|---|---|"]
+    for name, (title, form) in ROWS.items():
+        before, after = (form.format(row[name]) for row in (first, last))
+        error = f" ± {form.format(last[name + '_se'])}" if f"{name}_se" in last else ""
+        lines.append(f"| {title} | {before} | {after}{error} |")
+    return "\n".join(lines) + "\n\n± is one standard error over the sampled prompts.\n"
+
+
+def _samples(folder: Path, last: int, shown: int) -> str:
+    before, after = (
+        [json.loads(line) for line in (folder / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for step in (0, last)
+    )
+    blocks = []
+    for a, b in list(zip(before, after, strict=True))[:shown]:
+        blocks += [f"prompt      {a['prompt']}"]
+        blocks += [_wrapped("reference", a), _wrapped("policy", b), ""]
+    return "\n".join(blocks)
+
+
+def _wrapped(name: str, row: dict[str, object]) -> str:
+    head = f"{name:<10}"
+    text = f"({row['reward']:.2f}) {row['answer']}".replace("\n", " ")
+    return textwrap.fill(text, 110, initial_indent=head + "  ", subsequent_indent=" " * 12)
+
+
+def draw(evaluations: list[dict[str, float]], path: Path) -> None:
+    """Draws the path of reward against KL, a point an evaluation, with bars of one standard error.
+
+    Args:
+      evaluations: rows of ``metrics.jsonl`` that have samples.
+      path: of the PNG.
+    """
+    matplotlib.use("Agg")
+    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    kl, reward = ([row[f"samples/{name}"] for row in evaluations] for name in ("kl", "reward"))
+    errors = ([row[f"samples/{name}_se"] for row in evaluations] for name in ("kl", "reward"))
+    kl_error, reward_error = errors
+    axes.errorbar(kl, reward, xerr=kl_error, yerr=reward_error, color="#0072B2", marker="o", ms=4, lw=1.2, capsize=2)
+    for row in (evaluations[0], evaluations[-1]):
+        name = "reference" if row is evaluations[0] else "policy"
+        axes.annotate(
+            f"{name}, step {int(row['step'])}",
+            (row["samples/kl"], row["samples/reward"]),
+            textcoords="offset points",
+            xytext=(8, -12),
+        )
+    axes.set_xlabel("KL(policy ‖ reference), nats a sequence")
+    axes.set_ylabel("reward of samples, P(positive)")
+    axes.set_title("DPO on IMDb sentiment: reward bought with KL")
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _say_where(workdir: Path) -> None:
+    run = workdir / "dpo"
+    for what, path in {
+        "figure": workdir / FIGURE,
+        "table and samples": workdir / TABLE,
+        "config": run / "config.json",
+        "metrics": run / "metrics.jsonl",
+        "TensorBoard events": run / "tensorboard",
+        "checkpoints": run / "checkpoints",
+        "all samples": run / "samples",
+    }.items():
+        logging.info("%-18s %s", what, path)

@@ -1,0 +1,99 @@
+"""Layouts: the worked tables of the docstrings, equal scores in all of them, and errors."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.example import Example
+from dpo_jax.data.layouts import LAYOUTS, Shape, concatenated, pad_rows, shared_prefix
+from dpo_jax.types import CHOSEN, PROMPT, REJECTED, UNUSED
+from tests.tiny import jit_score, lay_out, make_answer, random_examples, tiny_model, tiny_params
+
+EXAMPLE = Example(0, np.array([7, 8], np.int32), (make_answer([3, 2], CHOSEN, 0.5), make_answer([4, 2], REJECTED)))
+SHAPE = Shape(answers=2, prompt_length=2, answer_length=3)
+
+
+def test_concatenated_is_the_table_of_its_docstring() -> None:
+    batch = concatenated([EXAMPLE], SHAPE)
+    np.testing.assert_array_equal(batch.tokens_RL, [[7, 8, 3, 0], [7, 8, 4, 0]])
+    np.testing.assert_array_equal(batch.position_RL, [[0, 1, 2, 0]] * 2)
+    np.testing.assert_array_equal(batch.group_RL, [[1, 1, 1, 0]] * 2)
+    np.testing.assert_array_equal(batch.branch_RL, [[0, 0, 1, 0]] * 2)
+    np.testing.assert_array_equal(batch.source_RM, [[1, 2, 0]] * 2)
+    np.testing.assert_array_equal(batch.target_RM, [[3, 2, 0], [4, 2, 0]])
+    np.testing.assert_array_equal(batch.weight_RM, [[1, 1, 0]] * 2)
+    np.testing.assert_array_equal(batch.role_RS, [[CHOSEN], [REJECTED]])
+    np.testing.assert_array_equal(batch.score_RS, [[0.5], [0.0]])
+
+
+def test_shared_prefix_is_the_table_of_its_docstring() -> None:
+    batch = shared_prefix([EXAMPLE], SHAPE)
+    np.testing.assert_array_equal(batch.tokens_RL, [[7, 8, 3, 4, 0, 0]])
+    np.testing.assert_array_equal(batch.position_RL, [[0, 1, 2, 2, 0, 0]])
+    np.testing.assert_array_equal(batch.group_RL, [[1, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.branch_RL, [[0, 0, 1, 2, 0, 0]])
+    np.testing.assert_array_equal(batch.source_RM, [[1, 2, 1, 3, 0, 0]])
+    np.testing.assert_array_equal(batch.target_RM, [[3, 2, 4, 2, 0, 0]])
+    np.testing.assert_array_equal(batch.slot_RM, [[0, 0, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.weight_RM, [[1, 1, 1, 1, 0, 0]])
+    np.testing.assert_array_equal(batch.role_RS, [[CHOSEN, REJECTED]])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_prompt_counts_once_in_its_own_slot(layout: str) -> None:
+    batch = LAYOUTS[layout]([EXAMPLE], Shape(2, 2, 3, with_prompt=True))
+    np.testing.assert_array_equal(batch.role_RS.reshape(2, 2), [[CHOSEN, PROMPT], [REJECTED, UNUSED]])
+    prompt_target = (batch.slot_RM == 1) & (batch.weight_RM > 0)
+    np.testing.assert_array_equal(batch.target_RM[prompt_target], [8])
+    np.testing.assert_array_equal(batch.source_RM[prompt_target], [0])
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_layouts_give_the_same_log_probabilities_and_gradients(with_prompt: bool) -> None:
+    shape = Shape(answers=2, prompt_length=6, answer_length=9, with_prompt=with_prompt)
+    examples = random_examples(7, shape)
+    model = tiny_model()
+    params = tiny_params(model)
+
+    def scores(layout: str, params):
+        return jit_score(model, params, LAYOUTS[layout](examples, shape), (2, 1 + with_prompt), 16)
+
+    for name in ("sum", "tail", "count", "entropy", "overlap"):
+        a, b = (getattr(scores(layout, params), name) for layout in LAYOUTS)
+        # fp32 sums of up to nine terms of about 10 nats each.
+        np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-6, err_msg=name)
+    grads = [jax.jit(jax.grad(lambda p, x=layout: (scores(x, p).sum ** 2).sum()))(params) for layout in LAYOUTS]
+    largest = max(float(abs(g).max()) for g in jax.tree.leaves(grads[0]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest), *grads)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_padding_rows_change_nothing(layout: str) -> None:
+    shape = Shape(answers=2, prompt_length=4, answer_length=5)
+    model = tiny_model()
+    params = tiny_params(model)
+    batch = lay_out(random_examples(3, shape), shape, layout).answers
+    padded = pad_rows(batch, batch.tokens_RL.shape[0] + 4)
+    got = jit_score(model, params, padded, (2, 1), 16)
+    expected = jit_score(model, params, batch, (2, 1), 16)
+    # Not exactly equal: the compiler may sum in another order when there are more rows.
+    np.testing.assert_allclose(got.sum[:3], expected.sum, rtol=2e-6)
+    assert (got.sum[3:] == 0).all() and (got.count[3:] == 0).all()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (Example(5, np.arange(3, dtype=np.int32), EXAMPLE.answers), "example 5 has 3 prompt tokens"),
+        (Example(6, np.zeros(0, np.int32), EXAMPLE.answers), "example 6 has 0 prompt tokens"),
+        (Example(7, EXAMPLE.prompt, (make_answer([1] * 4), make_answer([1]))), r"answers of \[4, 1\] tokens"),
+        (Example(8, EXAMPLE.prompt, (make_answer([]), make_answer([1]))), r"answers of \[0, 1\] tokens"),
+        (Example(9, EXAMPLE.prompt, EXAMPLE.answers[:1]), "example 9 has 1 answers where 2"),
+    ],
+)
+def test_an_example_that_breaks_its_promise_is_named(layout: str, example: Example, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LAYOUTS[layout]([EXAMPLE, example], SHAPE)

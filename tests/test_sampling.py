@@ -1,0 +1,139 @@
+"""The sampler draws from the policy: the same function that scores, in distribution and token by token."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from scipy import stats
+
+from dpo_jax.data.example import Example
+from dpo_jax.data.layouts import Shape, concatenated
+from dpo_jax.sampling import draw_token, make_sampler, row_keys
+from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params
+
+EOS = 2
+ROOM = 7
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    model = tiny_model()
+    return model, tiny_params(model), jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=EOS))
+
+
+def _prompts(rows: int, seed: int = 0, longest: int = 5):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, longest + 1, rows).astype(np.int32)
+    tokens = np.where(np.arange(longest)[None] < lengths[:, None], rng.integers(3, VOCAB, (rows, longest)), 0)
+    return tokens.astype(np.int32), lengths
+
+
+def _draw(sampler, rows: int, seed: int = 0, temperature: float = 1.0, prompts=None):
+    model, params, sample = sampler
+    tokens, lengths = prompts or _prompts(rows)
+    heat = np.full(rows, temperature, np.float32)
+    return tokens, lengths, sample(params, tokens, lengths, row_keys(seed, np.arange(rows)), heat)
+
+
+def test_its_own_log_probabilities_are_the_scorers(sampler) -> None:
+    model, params, _ = sampler
+    tokens, lengths, out = _draw(sampler, 64)
+    n = np.asarray(out.length_R)
+    examples = [
+        Example(i, tokens[i, : lengths[i]], (make_answer(np.asarray(out.tokens_RT[i, : n[i]])),)) for i in range(64)
+    ]
+    batch = concatenated(examples, Shape(1, 5, ROOM))
+    scores = jit_score(model, params, batch, (1, 1), 16).sum[:, 0, 0]
+    # Two programs over the same weights: fp32 rounding of sums of up to seven terms of up to 10 nats.
+    np.testing.assert_allclose(np.asarray(out.logp_RT).sum(1), scores, atol=1e-4)
+    assert (np.abs(scores) > 1).all(), "the scores must be far from 0 for the comparison to mean something"
+
+
+def test_it_ends_at_the_eos_and_only_there(sampler) -> None:
+    _, _, out = _draw(sampler, 256)
+    tokens, lengths, ended = np.asarray(out.tokens_RT), np.asarray(out.length_R), np.asarray(out.ended_R)
+    assert 0 < ended.mean() < 1, "both kinds must occur"
+    for row, n, done in zip(tokens, lengths, ended, strict=True):
+        assert (row[n - 1] == EOS) == done
+        assert EOS not in row[: n - 1]
+        assert (row[n:] == 0).all()
+        assert done or n == ROOM
+
+
+def test_mean_sampled_log_probability_is_the_teacher_forced_expectation(sampler) -> None:
+    """E[log p(token)] under sampling equals Σ_v p log p at every step: the bf16-cache kind of error would show here."""
+    model, params, _ = sampler
+    rows = 4096
+    prompts = tuple(np.repeat(a[:1], rows, axis=0) for a in _prompts(4, seed=5))
+    tokens, lengths, out = _draw(sampler, rows, seed=11, prompts=prompts)
+    n = np.asarray(out.length_R)
+    examples = [
+        Example(i, tokens[i, : lengths[i]], (make_answer(np.asarray(out.tokens_RT[i, : n[i]])),)) for i in range(rows)
+    ]
+    scores = jit_score(model, params, concatenated(examples, Shape(1, 5, ROOM)), (1, 1), 4096)
+    # Σ_t log p(y_t) + H(p_t) is a martingale difference sum with mean 0.
+    difference = np.asarray(out.logp_RT).sum(1) + np.asarray(scores.entropy[:, 0, 0])
+    z = difference.mean() / (difference.std(ddof=1) / rows**0.5)
+    assert abs(z) < 4, z
+    assert difference.std() > 0.5, "the draws must vary"
+
+
+def test_first_tokens_follow_the_models_distribution(sampler) -> None:
+    model, params, _ = sampler
+    rows = 8192
+    prompts = tuple(np.repeat(a[:1], rows, axis=0) for a in _prompts(1, seed=3))
+    tokens, lengths, out = _draw(sampler, rows, seed=7, prompts=prompts)
+    length = lengths[0]
+    mask = np.tril(np.ones((1, length, length), bool))
+    hidden, _ = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
+    logits = np.asarray(hidden[0, -1] @ params["token_embedding"].T, np.float64)
+    p = np.exp(logits - logits.max())
+    p /= p.sum()
+    counts = np.bincount(np.asarray(out.tokens_RT[:, 0]), minlength=VOCAB)
+    common = p * rows >= 5
+    observed = np.append(counts[common], counts[~common].sum())
+    expected = np.append(p[common], p[~common].sum()) * rows
+    kept = expected > 0
+    assert stats.chisquare(observed[kept], expected[kept]).pvalue > 1e-4
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(sampler) -> None:
+    tokens, lengths, out = _draw(sampler, 64)
+    part = tuple(a[:64][::-1] for a in (tokens, lengths))
+    model, params, sample = sampler
+    again = sample(params, *part, row_keys(0, np.arange(64)[::-1]), np.ones(64, np.float32))
+    np.testing.assert_array_equal(np.asarray(again.tokens_RT)[::-1], out.tokens_RT)
+
+
+def test_temperature_sharpens_and_log_probabilities_stay_the_models(sampler) -> None:
+    _, _, cold = _draw(sampler, 256, temperature=1e-3)
+    _, _, warm = _draw(sampler, 256)
+    assert np.asarray(cold.logp_RT)[:, 0].mean() > np.asarray(warm.logp_RT)[:, 0].mean() + 0.5
+    again = _draw(sampler, 256, seed=99, temperature=1e-3)[2]
+    np.testing.assert_array_equal(cold.tokens_RT[:, 0], again.tokens_RT[:, 0])  # all but greedy: the seed is no matter
+
+
+@pytest.mark.parametrize("vocab", [2, 36, 37, 4096])
+def test_draws_follow_any_distribution_and_never_take_the_impossible(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = np.where(rng.random(vocab) < 0.3, -np.inf, rng.normal(size=vocab) * 3).astype(np.float32)
+    logits[rng.integers(vocab)] = 0.0
+    logits[-1] = -np.inf
+    n = 20_000
+    # A grid of points hits each token in proportion to its share, to within one point for each border.
+    uniform = ((np.arange(n) + 0.5) / n).astype(np.float32)
+    tokens = np.asarray(jax.jit(draw_token)(np.broadcast_to(logits, (n, vocab)), uniform))
+    p = np.exp(logits.astype(np.float64) - logits.max())
+    p /= p.sum()
+    counts = np.bincount(tokens, minlength=vocab)
+    assert counts[p == 0].sum() == 0
+    # Running sums in fp32 shift a border by up to 1e-6 of the whole: less than one point of the grid.
+    np.testing.assert_allclose(counts, p * n, atol=2.5)
+
+
+def test_the_largest_uniform_number_stays_in_the_vocabulary() -> None:
+    logits = np.full((1, 5), -1e30, np.float32)
+    logits[0, 3] = 0.0
+    for u in (0.0, np.nextafter(np.float32(1), np.float32(0))):
+        assert int(jax.jit(draw_token)(logits, np.array([u], np.float32))[0]) == 3

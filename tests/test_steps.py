@@ -1,0 +1,174 @@
+"""The train step: identities at the start, exactness over devices and micro-batches, and how often it is compiled."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.data.layouts import LAYOUTS, Shape
+from dpo_jax.data.pipeline import Pipeline
+from dpo_jax.losses import LOSSES
+from dpo_jax.types import REJECTED, PreferenceBatch
+from tests.tiny import lay_out, random_examples, setup, tiny_model
+
+SHAPE = Shape(answers=2, prompt_length=5, answer_length=8)
+ROWS = 16
+
+
+def batches_for(loss: str, count: int = 3, layout: str = "concatenated", shape: Shape = SHAPE) -> list[PreferenceBatch]:
+    """Batches as the pipeline makes them, with what the loss asks for."""
+    entry = LOSSES[loss]
+    shape = Shape(shape.answers, shape.prompt_length, shape.answer_length, entry.needs_prompt)
+    source = random_examples(ROWS * count, shape)
+    pipeline = Pipeline(
+        source, shape, layout=layout, batch_size=ROWS, seed=0, mismatched=entry.needs_mismatched
+    )
+    return [pipeline.batch(step) for step in range(count)]
+
+
+def assert_same_run(got, expected) -> None:
+    """Losses, metrics and parameters to 1e-5: fp32 sums in another order, through three AdamW steps."""
+    (state, metrics), (expected_state, expected_metrics) = got, expected
+    for a, b in zip(metrics, expected_metrics, strict=True):
+        assert a.keys() == b.keys()
+        for name in a:
+            # Entropies, rewards and norms are sums over many tokens of size 1 to 100: relative, with a floor.
+            np.testing.assert_allclose(a[name], b[name], rtol=2e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state.params, expected_state.params
+    )
+
+
+@functools.cache
+def plain_run(loss: str):
+    """One device, one micro-batch: what all others are compared with."""
+    return setup(loss).run(batches_for(loss))
+
+
+COUPLED = [name for name, entry in LOSSES.items() if entry.couples_batch or entry.needs_mismatched]
+
+
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize("loss", ["dpo", "sft", *COUPLED])
+def test_devices_change_nothing(loss: str, devices: int) -> None:
+    assert_same_run(setup(loss, devices=devices).run(batches_for(loss)), plain_run(loss))
+
+
+@pytest.mark.parametrize(("devices", "micro_batches"), [(1, 4), (2, 2)])
+@pytest.mark.parametrize("loss", ["dpo", "sft", *COUPLED])
+def test_micro_batches_change_nothing(loss: str, devices: int, micro_batches: int) -> None:
+    assert_same_run(setup(loss, devices=devices).run(batches_for(loss), micro_batches), plain_run(loss))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
+def test_layouts_change_nothing(loss: str) -> None:
+    model = tiny_model()
+    runs = [setup(loss, model=model).run(batches_for(loss, layout=layout)) for layout in LAYOUTS]
+    for run in runs[1:]:
+        assert_same_run(run, runs[0])
+
+
+def test_the_order_of_rows_changes_nothing_for_kto() -> None:
+    """z pairs prompts with other answers by their uids, so that shuffling within a batch is harmless."""
+    shape = SHAPE
+    examples = random_examples(ROWS, shape)
+
+    class Source:
+        def __init__(self, order):
+            self.rows = [examples[i] for i in order]
+
+        def __len__(self):
+            return ROWS
+
+        def __getitem__(self, index):
+            return self.rows[index]
+
+    def run(order):
+        pipeline = Pipeline(Source(order), shape, layout="concatenated", batch_size=ROWS, seed=0, mismatched=True)
+        return setup("kto").run([next(iter(pipeline.eval_batches()))])
+
+    got, expected = run(np.random.default_rng(0).permutation(ROWS)), run(range(ROWS))
+    assert_same_run(got, expected)
+
+
+@pytest.mark.parametrize(
+    ("loss", "expected"), [("dpo", np.log(2)), ("ipo", 1 / (4 * 0.1**2)), ("hinge", 1.0), ("kto", 0.5)]
+)
+def test_a_policy_that_is_its_reference_has_the_known_loss(loss: str, expected: float) -> None:
+    s = setup(loss)
+    params = s.parallel.unreplicate(s.state.params)
+    s.state = s.state.replace(reference=s.parallel.replicate(params))
+    _, (metrics,) = s.run(batches_for(loss, 1))
+    # The same program on the same numbers: margins are 0, so only the link's own rounding is left.
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
+    assert metrics["rewards/margins"] == 0.0
+    assert metrics["rewards/accuracies"] == 0.0  # strict: a tie is no success
+
+
+def test_swapping_the_answers_flips_the_margin() -> None:
+    examples = random_examples(ROWS, SHAPE)
+    swap = lambda e: type(e)(  # noqa: E731
+        e.uid, e.prompt, tuple(type(a)(b.tokens, b.weights, a.role) for a, b in zip(e.answers, e.answers[::-1]))
+    )
+    (_, (one,)), (_, (other,)) = (
+        setup("dpo").run([lay_out(e, SHAPE)]) for e in (examples, [swap(e) for e in examples])
+    )
+    assert abs(one["rewards/margins"]) > 1e-3
+    np.testing.assert_allclose(one["rewards/margins"], -other["rewards/margins"], rtol=1e-5)
+
+
+def test_the_step_is_compiled_once_whatever_the_hyper_parameters() -> None:
+    s = setup("dpo", learning_rate=1e-2)
+    batches = batches_for("dpo", 3)
+    start = s.parallel.unreplicate(s.state)
+    _, first = s.run(batches)
+    s.state = s.parallel.replicate(start)
+    s.hyper = s.hyper.replace(
+        loss={**s.hyper.loss, **{k: v * 3 for k, v in s.hyper.loss.items() if k.startswith("beta") or "/beta" in k}},
+        learning_rate=s.hyper.learning_rate * 2,
+    )
+    _, second = s.run(batches)
+    assert s.parallel.traces == {"train_step": 1}
+    assert first[0]["loss"] != second[0]["loss"], "the changed numbers must have been used"
+
+
+def test_no_reference_is_kept_or_scored_when_none_is_needed() -> None:
+    s = setup("sft")
+    assert s.state.reference is None
+    batch = s.parallel.shard(batches_for("sft", 1)[0], 1)
+    text = s.step.lower(s.state, batch, s.hyper).as_text()
+    with_reference = setup("dpo")
+    other = with_reference.step.lower(with_reference.state, batch, with_reference.hyper).as_text()
+    assert text.count("dot_general") < other.count("dot_general")
+
+
+def test_the_reference_stays_and_moves_only_when_told_to() -> None:
+    still, moving = setup("dpo"), setup("dpo", reference_sync_every=2, reference_sync_rate=0.6)
+    reference = still.parallel.unreplicate(still.state.reference)
+    batches = batches_for("dpo", 2)
+    after, _ = still.run(batches)
+    jax.tree.map(np.testing.assert_array_equal, after.reference, reference)
+    moved, _ = moving.run(batches)
+    expected = jax.tree.map(lambda p, r: np.float32(0.6) * p + np.float32(1 - 0.6) * r, moved.params, reference)
+    # One fused multiply-add may round differently from two operations.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), moved.reference, expected)
+
+
+def test_unused_rows_count_nowhere() -> None:
+    """A batch filled up with padding has the loss and the gradient of its real rows."""
+    from dpo_jax.data.layouts import pad_rows
+
+    batch = lay_out(random_examples(ROWS, SHAPE), SHAPE)
+    padded = PreferenceBatch(pad_rows(batch.answers, 2 * batch.answers.tokens_RL.shape[0]))
+    assert_same_run(setup("dpo").run([padded]), setup("dpo").run([batch]))
+
+
+def test_unpaired_data_trains_with_kto() -> None:
+    shape = Shape(answers=1, prompt_length=5, answer_length=8)
+    batches = batches_for("kto", 2, shape=shape)
+    assert (batches[0].answers.role_RS == REJECTED).any(), "both kinds must occur"
+    one, two = setup("kto", answers=1).run(batches), setup("kto", answers=1, devices=4).run(batches, 2)
+    assert_same_run(two, one)
