@@ -90,10 +90,10 @@ def _shared() -> Iterator[str]:
     yield "## Reductions and weights"
     yield ""
     yield (
-        "`config.loss.reduction` is how token log-probabilities become one number an answer: `sum`, `mean` "
-        "(over tokens) or `desensitized` (LD-DPO, arXiv 2409.06411: tokens past the length of the shorter answer count for "
-        "`length_alpha`). `wpo` weighs each pair by exp Σ mean_t [log π(y_t) − log Σ_v π(v)²] of its answers (WPO, "
-        "arXiv 2406.11827, eq. 2)."
+        "`config.loss.reduction` is how token log-probabilities become one number an answer: `sum`, `mean` (over "
+        "tokens) or `desensitized` (LD-DPO, arXiv 2409.06411: tokens past the length of the shorter answer count for "
+        "`length_alpha`). `config.loss.wpo` weighs each pair by exp Σ mean_t [log π(y_t) − log Σ_v π(v)²] of its answers "
+        "(WPO, arXiv 2406.11827, eq. 2)."
     )
     yield ""
     for name, default in SHARED.items():
