@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.layers import training_mask
+from dpo_jax.models.layers import project, training_mask
 from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
 
 
@@ -24,9 +24,7 @@ class TokenScores(NamedTuple):
     log_collision: Array
 
 
-def score(
-    model: nn.Module, params: Params, batch: TokenBatch, grouping: tuple[int, int], chunk: int
-) -> SequenceLogps:
+def score(model: nn.Module, params: Params, batch: TokenBatch, grouping: tuple[int, int], chunk: int) -> SequenceLogps:
     """Log-probabilities of all slots of a batch, by example.
 
     Args:
@@ -44,11 +42,13 @@ def score(
     hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask)
     hidden_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
     head_VD = model.apply(variables, method="head")
-    scores = token_scores(hidden_RMD, head_VD, batch.target_RM, chunk)
+    scores = token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap)
     return _sum_slots(scores, batch, grouping)
 
 
-def token_scores(hidden_RMD: Array, head_VD: Array, target_RM: Array, chunk: int) -> TokenScores:
+def token_scores(
+    hidden_RMD: Array, head_VD: Array, target_RM: Array, chunk: int, logit_cap: float | None = None
+) -> TokenScores:
     """Scores of targets, ``chunk`` of them at a time.
 
     Args:
@@ -56,6 +56,7 @@ def token_scores(hidden_RMD: Array, head_VD: Array, target_RM: Array, chunk: int
       head_VD: the output matrix.
       target_RM: int32.
       chunk: targets whose logits exist at a time.
+      logit_cap: c of c·tanh(logit / c); None leaves logits alone.
 
     Returns:
       TokenScores of shape [R, M]; entropy and log_collision carry no gradient.
@@ -66,12 +67,12 @@ def token_scores(hidden_RMD: Array, head_VD: Array, target_RM: Array, chunk: int
     hidden = jnp.pad(hidden_RMD.reshape(count, -1), ((0, padding), (0, 0)))
     target = jnp.pad(target_RM.reshape(count), (0, padding))
     pieces = hidden.reshape(-1, chunk, hidden.shape[-1]), target.reshape(-1, chunk)
-    scores = jax.lax.map(jax.checkpoint(lambda piece: _score_chunk(piece[0], head_VD, piece[1])), pieces)
+    scores = jax.lax.map(jax.checkpoint(lambda piece: _score_chunk(piece[0], head_VD, piece[1], logit_cap)), pieces)
     return TokenScores(*(a.reshape(-1)[:count].reshape(target_RM.shape) for a in scores))
 
 
-def _score_chunk(hidden_CD: Array, head_VD: Array, target_C: Array) -> TokenScores:
-    logits_CV = jnp.einsum("cd,vd->cv", hidden_CD, head_VD.astype(hidden_CD.dtype), preferred_element_type=jnp.float32)
+def _score_chunk(hidden_CD: Array, head_VD: Array, target_C: Array, logit_cap: float | None) -> TokenScores:
+    logits_CV = project(hidden_CD, head_VD, logit_cap)
     normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
     logp_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0] - normalizer_C
     logp_CV = jax.lax.stop_gradient(logits_CV - normalizer_C[:, None])

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dpo_jax.models.layers import Cache
+from dpo_jax.models.layers import Cache, project
 from dpo_jax.types import Array, Params
 
 
@@ -56,9 +56,7 @@ def make_sampler(
             return model.apply(variables, tokens_RQ, position_RQ, mask_RQT, cache, start)
 
         def draw(hidden_RD: Array, t: Array) -> tuple[Array, Array]:
-            logits_RV = jnp.einsum(
-                "rd,vd->rv", hidden_RD, head_VD.astype(hidden_RD.dtype), preferred_element_type=jnp.float32
-            )
+            logits_RV = project(hidden_RD, head_VD, model.logit_cap)
             uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(key_R)
             token_R = draw_token(logits_RV / temperature_R[:, None], uniform_R)
             logp_RV = jax.nn.log_softmax(logits_RV)

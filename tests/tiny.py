@@ -27,18 +27,21 @@ jit_score = jax.jit(score, static_argnums=(0, 3, 4))
 
 
 def tiny_model(**sizes: Any):
-    """A GPT-2 of two layers that compiles in a moment; weights are large, so that its distributions are far from even."""
+    """A GPT-2 of two layers that compiles in a moment."""
     fields = dict(vocab_size=VOCAB, context_length=32, width=16, layers=2, heads=2, mlp_width=32, dtype=jnp.float32)
     return make_model("gpt2", {**fields, **sizes})
 
 
 def tiny_params(model, seed: int = 0, scale: float = 8.0):
+    """Fresh parameters with large matrices, so that distributions are far from even."""
     params = init_params(model, jax.random.key(seed))
     return jax.tree.map(lambda p: p * scale if p.ndim > 1 else p, params)
 
 
 class Bigram(nn.Module):
-    """The smallest family: a token's hidden state is its own embedding. Compiles several times faster than a decoder."""
+    """The smallest family: a token's hidden state is its own embedding. Compiles far faster than a decoder."""
+
+    logit_cap = None
 
     def setup(self) -> None:
         self.token_embedding = self.param("token_embedding", nn.initializers.normal(1.0), (VOCAB, 8))
@@ -95,8 +98,8 @@ class Setup:
 def setup(loss: str, *, answers: int = 2, devices: int = 1, learning_rate: float = 1e-2, model=None, **options: Any):
     """A compiled train step; the reference differs from the policy.
 
-    The optimizer's epsilon is large: with the usual 1e-8, Adam divides rounding noise by rounding noise wherever a gradient
-    is 0, and no two orders of summation would agree.
+    The optimizer's epsilon is large: with the usual 1e-8, Adam divides rounding noise by rounding noise wherever a
+    gradient is 0, and no two orders of summation would agree.
     """
     model = model or Bigram()
     objective, numbers = make_objective(loss, **options.pop("objective", {}))

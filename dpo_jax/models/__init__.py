@@ -1,6 +1,6 @@
-"""Model families. To add one, write ``models/<family>.py`` with the methods of Gpt2, and add its line here.
+"""Model families. To add one, write ``models/<family>.py`` over decoder.py, and add its line here.
 
-A family is a linen module ``(tokens, position, mask, cache, start) → (hidden, cache)`` with ``head()`` and
+A family is a linen module ``(tokens, position, mask, cache, start) → (hidden, cache)`` with ``head()``, ``logit_cap`` and
 ``empty_cache(rows, slots)``; parameters are a plain nested dict.
 """
 
@@ -13,11 +13,23 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpo_jax.models.gemma import Gemma2, Gemma2Config, Gemma3, Gemma3Config
 from dpo_jax.models.gpt2 import Gpt2, Gpt2Config
+from dpo_jax.models.llama import Llama, LlamaConfig
+from dpo_jax.models.mistral import Mistral, MistralConfig
+from dpo_jax.models.neox import NeoX, NeoXConfig
+from dpo_jax.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
 from dpo_jax.types import Params
 
-FAMILIES: dict[str, tuple[Callable[..., nn.Module], type]] = {
+FAMILIES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
     "gpt2": (Gpt2, Gpt2Config),
+    "gpt_neox": (NeoX, NeoXConfig),
+    "llama": (Llama, LlamaConfig),
+    "mistral": (Mistral, MistralConfig),
+    "qwen2": (Qwen2, Qwen2Config),
+    "qwen3": (Qwen3, Qwen3Config),
+    "gemma2": (Gemma2, Gemma2Config),
+    "gemma3_text": (Gemma3, Gemma3Config),
 }
 
 
@@ -34,12 +46,10 @@ def make_model(family: str, sizes: Mapping[str, Any]) -> nn.Module:
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}; known: {', '.join(FAMILIES)}")
     module, config = FAMILIES[family]
-    if sizes["width"] % sizes["heads"]:
-        raise ValueError(f"model.width {sizes['width']} is not a multiple of model.heads {sizes['heads']}")
     return module(config(**sizes))
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Params:
-    """Fresh parameters, fp32, without the boxes that carry axis names."""
+    """Fresh parameters without the boxes that carry axis names."""
     tokens = jnp.zeros((1, 1), jnp.int32)
     return nn.unbox(model.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"])

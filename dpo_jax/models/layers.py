@@ -1,11 +1,15 @@
-"""Pieces that the model families share: attention over a TokenBatch's rows or a key/value cache, and how they are joined."""
+"""Pieces that the model families share: who sees whom, attention, products and norms."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import Array
 
 
@@ -16,10 +20,12 @@ class Cache:
     Attributes:
       key: [N, R, T, K, E], one entry for each layer and cache slot.
       value: [N, R, T, K, E].
+      position: int32 [R, T], the position of each slot's token; None in a single layer's part.
     """
 
     key: Array
     value: Array
+    position: Array | None = None
 
 
 def training_mask(group_RL: Array, branch_RL: Array) -> Array:
@@ -36,7 +42,20 @@ def training_mask(group_RL: Array, branch_RL: Array) -> Array:
     return causal_LL[None] & same_group & visible & real
 
 
-def attend(q_RQHE: Array, k_RTKE: Array, v_RTKE: Array, mask_RQT: Array) -> Array:
+def soft_cap(x: Array, cap: float | None) -> Array:
+    """cap · tanh(x / cap); None leaves x alone."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
+def attend(
+    q_RQHE: Array,
+    k_RTKE: Array,
+    v_RTKE: Array,
+    mask_RQT: Array,
+    *,
+    scale: float | None = None,
+    cap: float | None = None,
+) -> Array:
     """Softmax attention with grouped key/value heads; softmax in fp32 whatever the dtype of the operands.
 
     A query that sees nothing (padding) gets the mean of the values, which nobody reads.
@@ -46,20 +65,126 @@ def attend(q_RQHE: Array, k_RTKE: Array, v_RTKE: Array, mask_RQT: Array) -> Arra
       k_RTKE: keys, H a multiple of K.
       v_RTKE: values.
       mask_RQT: bool, which keys a query sees.
+      scale: what multiplies q·k; None is 1/√E.
+      cap: of ``soft_cap`` for the scores.
 
     Returns:
       [R, Q, H, E] in the dtype of the queries.
     """
     rows, queries, heads, size = q_RQHE.shape
     groups = k_RTKE.shape[2]
-    q = (q_RQHE * size**-0.5).reshape(rows, queries, groups, heads // groups, size)
+    q = (q_RQHE * (size**-0.5 if scale is None else scale)).reshape(rows, queries, groups, heads // groups, size)
     scores = jnp.einsum("rqkge,rtke->rkgqt", q, k_RTKE, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_RQT[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    scores = jnp.where(mask_RQT[:, None, None], soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_RTKE.dtype)
     out = jnp.einsum("rkgqt,rtke->rqkge", weights, v_RTKE)
     return out.reshape(rows, queries, heads, size)
 
 
-def append(cache_RTKE: Array, new_RQKE: Array, start: Array) -> Array:
+def append(cache_RTKE: Array, new_RQKE: Array, start: Array | int) -> Array:
     """Writes the new keys (or values) into the cache from slot ``start`` on, the same for all rows."""
     return jax.lax.dynamic_update_slice_in_dim(cache_RTKE, new_RQKE, start, axis=1)
+
+
+def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:
+    """fp32 logits [..., V] of hidden states [..., D]."""
+    logits = jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    return soft_cap(logits, cap)
+
+
+def product(x: Array, kernel: Array, dtype: Any) -> Array:
+    """x @ kernel with operands of ``dtype``. Half-precision products are summed in fp32, which is also the fast way on CPUs."""
+    if jnp.dtype(dtype).itemsize == 2:
+        return _half_product(x.astype(dtype), kernel)
+    return x.astype(dtype) @ kernel.astype(dtype)
+
+
+@jax.custom_vjp
+def _half_product(x: Array, kernel: Array) -> Array:
+    return _contract(x, kernel.astype(x.dtype), -1, 0).astype(x.dtype)
+
+
+def _half_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _half_product(x, kernel), (x, kernel)
+
+
+def _half_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    # Left to itself, the backward pass would multiply an fp32 cotangent by a half-precision matrix, in fp32.
+    x, kernel = saved
+    cotangent = cotangent.astype(x.dtype)
+    dx = _contract(cotangent, kernel.astype(x.dtype), -1, 1).astype(x.dtype)
+    rows, columns = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
+    return dx, _contract(rows, columns, 0, 0).astype(kernel.dtype)
+
+
+def _contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    axes = (((axis_a % a.ndim,), (axis_b,)), ((), ()))
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+
+
+_half_product.defvjp(_half_forward, _half_backward)
+
+
+class Dense(nn.Module):
+    """x W + b, with logical axis names on W; layers that write to the residual stream start 1/√(2N) smaller."""
+
+    config: DecoderConfig
+    features: int
+    axes: tuple[str, str]
+    bias: bool = True
+    residual: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5 if self.residual else 0.02)
+        shape = (x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, c.param_dtype)
+        y = product(x, kernel, c.dtype)
+        if not self.bias:
+            return y
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
+        bias = self.param("bias", zeros, (self.features,), c.param_dtype)
+        return y + jax.lax.expand_dims(bias.astype(c.dtype), range(x.ndim - 1))
+
+
+class LayerNorm(nn.Module):
+    """Mean and variance over the width, in fp32."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        norm = nn.LayerNorm(
+            epsilon=self.config.norm_epsilon,
+            dtype=jnp.float32,
+            param_dtype=self.config.param_dtype,
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",)),
+            name="norm",
+        )
+        return norm(x).astype(self.config.dtype)
+
+
+class RmsNorm(nn.Module):
+    """x / √(mean(x²) + ε) · scale over the last axis, in fp32 (arXiv 1910.07467)."""
+
+    config: DecoderConfig
+    axis: str | None = "embed"
+    offset = 0.0  # added to the stored scale
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        c = self.config
+        init = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), x.shape[-1:], c.param_dtype)
+        wide = x.astype(jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + c.norm_epsilon)
+        weight = self.offset + scale.astype(jnp.float32)
+        return (normed * jax.lax.expand_dims(weight, range(x.ndim - 1))).astype(c.dtype)
+
+
+class UnitRmsNorm(RmsNorm):
+    """Gemma's: the scale is stored as its distance from 1."""
+
+    offset = 1.0

@@ -1,0 +1,231 @@
+"""The body of every family: embeddings, a scan over layers of one shape, a final norm and the head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.layers import Cache, Dense, append, attend
+from dpo_jax.models.rope import rotate
+from dpo_jax.types import Array
+
+_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots, "full": None}
+
+
+@struct.dataclass
+class Layer:
+    """What differs between layers beside their parameters.
+
+    Attributes:
+      window: int32, how many of the latest positions are seen; None when no layer has a window.
+      rope: int32, which rotary embedding; None when all have the same.
+    """
+
+    window: Array | None
+    rope: Array | None
+
+
+@struct.dataclass
+class Context:
+    """What all layers share.
+
+    Attributes:
+      mask_RQT: bool, which keys a token sees.
+      distance_RQT: int32, how many positions the key is back; None when no layer has a window.
+      cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
+      sin: the same.
+      start: cache slot of the first token.
+    """
+
+    mask_RQT: Array
+    distance_RQT: Array | None
+    cos: Array | None
+    sin: Array | None
+    start: Array | int
+
+    def seen(self, layer: Layer) -> Array:
+        """bool [R, Q, T], which keys a token sees in a layer."""
+        if self.distance_RQT is None:
+            return self.mask_RQT
+        return self.mask_RQT & (self.distance_RQT < layer.window)
+
+    def turn(self, x_RQHE: Array, layer: Layer) -> Array:
+        """Queries or keys with the layer's rotary embedding."""
+        if self.cos is None:
+            return x_RQHE
+        index = 0 if layer.rope is None else layer.rope
+        return rotate(x_RQHE, self.cos[index], self.sin[index])
+
+
+class Decoder(nn.Module):
+    """Tokens to hidden states; the head is applied by whoever needs logits, only where needed.
+
+    A family names its layer (``block``) and final norm (``norm``), and may change ``embed``.
+    """
+
+    config: DecoderConfig
+
+    def setup(self) -> None:
+        c = self.config
+        self.token_embedding = self.table("token_embedding", ("vocab", "embed"), c.vocab_size)
+        if not c.tied_head:
+            self.head_matrix = self.table("head", ("vocab", "embed"), c.vocab_size)
+        block = self.block
+        if c.remat != "none":
+            block = nn.remat(block, policy=_POLICIES[c.remat], prevent_cse=False)
+        blocks = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, 0, nn.broadcast),
+            length=c.layers,
+            unroll=c.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.blocks = blocks(c)
+        self.final_norm = self.norm(c)
+
+    def table(self, name: str, axes: tuple[str | None, str], rows: int) -> Array:
+        """A parameter of ``rows`` vectors of the model's width."""
+        init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
+        return self.param(name, init, (rows, self.config.width), self.config.param_dtype)
+
+    def __call__(
+        self, tokens_RQ: Array, position_RQ: Array, mask_RQT: Array, cache: Cache | None = None, start: Array | int = 0
+    ) -> tuple[Array, Cache | None]:
+        """Hidden states of Q tokens a row.
+
+        Args:
+          tokens_RQ: int32.
+          position_RQ: int32, each below ``context_length``.
+          mask_RQT: bool, which of the T keys a token sees: those of its row (T = Q), or the slots of the cache.
+          cache: keys and values of earlier tokens; None when the row is whole.
+          start: cache slot of the first of these tokens.
+
+        Returns:
+          (hidden [R, Q, D] after the final norm, the cache with these tokens in it).
+        """
+        c = self.config
+        key_position_RT = position_RQ if cache is None else append(cache.position, position_RQ, start)
+        context = self._context(position_RQ, key_position_RT, mask_RQT, start)
+        kept = None if cache is None else Cache(cache.key, cache.value)
+        x_RQD, kept = self.blocks(self.embed(tokens_RQ, position_RQ).astype(c.dtype), kept, self._layers(), context)
+        hidden = self.final_norm(x_RQD).astype(c.output_dtype or c.dtype)
+        return hidden, None if kept is None else kept.replace(position=key_position_RT)
+
+    def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
+        """What the first layer reads, [R, Q, D]."""
+        return self.token_embedding[tokens_RQ]
+
+    def head(self) -> Array:
+        """The output matrix [V, D]: logits = hidden · headᵀ, soft-capped where ``logit_cap`` is not None."""
+        return self.token_embedding if self.config.tied_head else self.head_matrix
+
+    @property
+    def logit_cap(self) -> float | None:
+        return self.config.logit_cap
+
+    def empty_cache(self, rows: int, slots: int) -> Cache:
+        """A cache for ``slots`` tokens a row."""
+        c = self.config
+        shape = (c.layers, rows, slots, c.key_heads, c.size)
+        return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((rows, slots), jnp.int32))
+
+    def _context(self, position_RQ: Array, key_position_RT: Array, mask_RQT: Array, start: Array | int) -> Context:
+        c = self.config
+        distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if _has_windows(c) else None
+        angles = [rope.angles(position_RQ, c.size) for rope in c.ropes]
+        cos, sin = (jnp.stack(part) for part in zip(*angles, strict=True)) if angles else (None, None)
+        return Context(mask_RQT, distance, cos, sin, start)
+
+    def _layers(self) -> Layer:
+        """[N] entries."""
+        c = self.config
+        everything = np.iinfo(np.int32).max
+        windows = [w or everything for w in c.windows] if c.windows is not None and _has_windows(c) else None
+        ropes = list(c.rope_of_layer) if len(c.ropes) > 1 else None
+        return Layer(*(None if entries is None else jnp.asarray(entries, jnp.int32) for entries in (windows, ropes)))
+
+
+def _has_windows(config: DecoderConfig) -> bool:
+    return any(window is not None for window in config.windows or ())
+
+
+class Attention(nn.Module):
+    """Grouped-query self-attention with separate query, key and value matrices, a cache, and what a family asks for.
+
+    Args:
+      config: sizes.
+      head_norm: makes the norm of each query and key head; None for families without.
+    """
+
+    config: DecoderConfig
+    head_norm: Callable[..., nn.Module] | None = None
+
+    @nn.compact
+    def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:
+        c = self.config
+
+        def heads(name: str, axis: str, count: int) -> Array:
+            y = Dense(c, count * c.size, ("embed", axis), bias=c.qkv_bias, name=name)(x_RQD)
+            return y.reshape(*y.shape[:2], count, c.size)
+
+        q, k = heads("query", "heads", c.heads), heads("key", "kv_heads", c.key_heads)
+        v = heads("value", "kv_heads", c.key_heads)
+        if self.head_norm is not None:
+            q = self.head_norm(c, axis=None, name="query_norm")(q)
+            k = self.head_norm(c, axis=None, name="key_norm")(k)
+        attended, cache = attend_and_keep(c, q, k, v, cache, layer, context)
+        return Dense(c, c.width, ("heads", "embed"), bias=c.out_bias, residual=True, name="out")(attended), cache
+
+
+def attend_and_keep(
+    config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cache | None, layer: Layer, context: Context
+) -> tuple[Array, Cache | None]:
+    """Rotates queries and keys, puts keys and values into the cache, attends.
+
+    Returns:
+      (what the heads saw side by side [R, Q, H·E], the cache).
+    """
+    q, k = context.turn(q, layer), context.turn(k, layer)
+    if cache is not None:
+        cache = Cache(append(cache.key, k, context.start), append(cache.value, v, context.start))
+        k, v = cache.key, cache.value
+    scale, cap = config.score_scale, config.attention_cap
+    out = attend(q, k, v, context.seen(layer), scale=scale, cap=cap)
+    return out.reshape(*out.shape[:2], -1), cache
+
+
+class Mlp(nn.Module):
+    """activation(x W_in) W_out."""
+
+    config: DecoderConfig
+    activation: Callable[[Any], Any]
+
+    @nn.compact
+    def __call__(self, x_RQD: Array) -> Array:
+        c = self.config
+        h_RQF = self.activation(Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="in")(x_RQD))
+        return Dense(c, c.width, ("mlp", "embed"), bias=c.mlp_bias, residual=True, name="out")(h_RQF)
+
+
+class GatedMlp(nn.Module):
+    """(activation(x W_gate) · x W_up) W_down (arXiv 2002.05202)."""
+
+    config: DecoderConfig
+    activation: Callable[[Any], Any]
+
+    @nn.compact
+    def __call__(self, x_RQD: Array) -> Array:
+        c = self.config
+        gate = Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="gate")(x_RQD)
+        up = Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="up")(x_RQD)
+        down = Dense(c, c.width, ("mlp", "embed"), bias=c.mlp_bias, residual=True, name="down")
+        return down(self.activation(gate) * up)
