@@ -12,7 +12,7 @@ import numpy as np
 from flax import struct
 
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.layers import Cache, Dense, append, attend
+from dpo_jax.models.layers import Cache, Dense, attend, cached_mask, extend
 from dpo_jax.models.rope import rotate
 from dpo_jax.types import Array
 
@@ -37,18 +37,16 @@ class Context:
     """What all layers share.
 
     Attributes:
-      mask_RQT: bool, which keys a token sees.
+      mask_RQT: bool, which keys a token sees: those of its row, or the cache's and then its row's.
       distance_RQT: int32, how many positions the key is back; None when no layer has a window.
       cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
       sin: the same.
-      start: cache slot of the first token.
     """
 
     mask_RQT: Array
     distance_RQT: Array | None
     cos: Array | None
     sin: Array | None
-    start: Array | int
 
     def seen(self, layer: Layer) -> Array:
         """bool [R, Q, T], which keys a token sees in a layer."""
@@ -113,12 +111,15 @@ class Decoder(nn.Module):
           (hidden [R, Q, D] after the final norm, the cache with these tokens in it).
         """
         c = self.config
-        key_position_RT = position_RQ if cache is None else append(cache.position, position_RQ, start)
-        context = self._context(position_RQ, key_position_RT, mask_RQT, start)
-        kept = None if cache is None else Cache(cache.key, cache.value)
-        x_RQD, kept = self.blocks(self.embed(tokens_RQ, position_RQ).astype(c.dtype), kept, self._layers(), context)
-        hidden = self.final_norm(x_RQD).astype(c.output_dtype or c.dtype)
-        return hidden, None if kept is None else kept.replace(position=key_position_RT)
+        x_RQD = self.embed(tokens_RQ, position_RQ).astype(c.dtype)
+        if cache is None:
+            x_RQD, _ = self.blocks(x_RQD, None, self._layers(), self._context(position_RQ, position_RQ, mask_RQT))
+        else:
+            key_position_RT = jnp.concatenate([cache.position, position_RQ], axis=1)
+            context = self._context(position_RQ, key_position_RT, cached_mask(mask_RQT, start))
+            x_RQD, new = self.blocks(x_RQD, Cache(cache.key, cache.value), self._layers(), context)
+            cache = extend(cache, new, position_RQ, start)
+        return self.final_norm(x_RQD).astype(c.output_dtype or c.dtype), cache
 
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
         """What the first layer reads, [R, Q, D]."""
@@ -135,15 +136,15 @@ class Decoder(nn.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache for ``slots`` tokens a row."""
         c = self.config
-        shape = (c.layers, rows, slots, c.key_heads, c.size)
+        shape = (c.layers, rows, c.key_heads, slots, c.size)
         return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((rows, slots), jnp.int32))
 
-    def _context(self, position_RQ: Array, key_position_RT: Array, mask_RQT: Array, start: Array | int) -> Context:
+    def _context(self, position_RQ: Array, key_position_RT: Array, mask_RQT: Array) -> Context:
         c = self.config
         distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if _has_windows(c) else None
         angles = [rope.angles(position_RQ, c.size) for rope in c.ropes]
         cos, sin = (jnp.stack(part) for part in zip(*angles, strict=True)) if angles else (None, None)
-        return Context(mask_RQT, distance, cos, sin, start)
+        return Context(mask_RQT, distance, cos, sin)
 
     def _layers(self) -> Layer:
         """[N] entries."""
@@ -189,18 +190,15 @@ class Attention(nn.Module):
 def attend_and_keep(
     config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cache | None, layer: Layer, context: Context
 ) -> tuple[Array, Cache | None]:
-    """Rotates queries and keys, puts keys and values into the cache, attends.
+    """Rotates queries and keys, attends, and gives the new keys and values where there is a cache to keep them in.
 
     Returns:
-      (what the heads saw side by side [R, Q, H·E], the cache).
+      (what the heads saw side by side [R, Q, H·E], these tokens' part of the cache).
     """
     q, k = context.turn(q, layer), context.turn(k, layer)
-    if cache is not None:
-        cache = Cache(append(cache.key, k, context.start), append(cache.value, v, context.start))
-        k, v = cache.key, cache.value
     scale, cap = config.score_scale, config.attention_cap
-    out = attend(q, k, v, context.seen(layer), scale=scale, cap=cap)
-    return out.reshape(*out.shape[:2], -1), cache
+    out, new = attend(q, k, v, context.seen(layer), cache, scale=scale, cap=cap)
+    return out.reshape(*out.shape[:2], -1), None if cache is None else new
 
 
 class Mlp(nn.Module):

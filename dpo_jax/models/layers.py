@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,9 +18,11 @@ from dpo_jax.types import Array
 class Cache:
     """Keys and values of the tokens seen so far, in the model's compute dtype.
 
+    Heads stand before slots: the products of attention then read a head's slots side by side, several times faster.
+
     Attributes:
-      key: [N, R, T, K, E], one entry for each layer and cache slot.
-      value: [N, R, T, K, E].
+      key: [N, R, K, T, E], one entry for each layer and cache slot; without N for one layer.
+      value: the same.
       position: int32 [R, T], the position of each slot's token; None in a single layer's part.
     """
 
@@ -31,8 +34,8 @@ class Cache:
 def training_mask(group_RL: Array, branch_RL: Array) -> Array:
     """Who attends to whom in a row, bool [R, L, L]: [r, query, key].
 
-    A query sees a key iff both belong to the same group (≠ 0), the key is not later, and the key is of the prompt (branch
-    0) or of the query's own branch.
+    A query sees a key iff both belong to the same group (≠ 0), the key is not later, and the key is of the prompt
+    (branch 0) or of the query's own branch.
     """
     length = group_RL.shape[1]
     causal_LL = jnp.tril(jnp.ones((length, length), bool))
@@ -49,41 +52,63 @@ def soft_cap(x: Array, cap: float | None) -> Array:
 
 def attend(
     q_RQHE: Array,
-    k_RTKE: Array,
-    v_RTKE: Array,
+    k_RQKE: Array,
+    v_RQKE: Array,
     mask_RQT: Array,
+    cache: Cache | None = None,
     *,
     scale: float | None = None,
     cap: float | None = None,
-) -> Array:
+) -> tuple[Array, Cache]:
     """Softmax attention with grouped key/value heads; softmax in fp32 whatever the dtype of the operands.
 
-    A query that sees nothing (padding) gets the mean of the values, which nobody reads.
+    The cache is read where it lies: joining it with the new keys, or writing them into it layer by layer, would copy
+    all of it for every token. A query that sees nothing (padding) gets the mean of the values, which nobody reads.
 
     Args:
       q_RQHE: queries.
-      k_RTKE: keys, H a multiple of K.
-      v_RTKE: values.
-      mask_RQT: bool, which keys a query sees.
+      k_RQKE: keys of the same tokens, H a multiple of K.
+      v_RQKE: their values.
+      mask_RQT: bool, which keys a query sees: T = Q, or the cache's slots and then the Q tokens (``cached_mask``).
+      cache: one layer's keys and values of earlier tokens, [R, K, slots, E].
       scale: what multiplies q·k; None is 1/√E.
       cap: of ``soft_cap`` for the scores.
 
     Returns:
-      [R, Q, H, E] in the dtype of the queries.
+      ([R, Q, H, E] in the dtype of the queries, these tokens' keys and values as a cache keeps them, [R, K, Q, E]).
     """
     rows, queries, heads, size = q_RQHE.shape
-    groups = k_RTKE.shape[2]
+    groups = k_RQKE.shape[2]
     q = (q_RQHE * (size**-0.5 if scale is None else scale)).reshape(rows, queries, groups, heads // groups, size)
-    scores = jnp.einsum("rqkge,rtke->rkgqt", q, k_RTKE, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask_RQT[:, None, None], soft_cap(scores, cap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_RTKE.dtype)
-    out = jnp.einsum("rkgqt,rtke->rqkge", weights, v_RTKE)
-    return out.reshape(rows, queries, heads, size)
+    new = Cache(k_RQKE.swapaxes(1, 2), v_RQKE.swapaxes(1, 2))
+    seen = [new] if cache is None else [cache, new]
+    scores = [jnp.einsum("rqkge,rkte->rkgqt", q, c.key, preferred_element_type=jnp.float32) for c in seen]
+    capped = soft_cap(jnp.concatenate(scores, axis=-1), cap)
+    masked = jnp.where(mask_RQT[:, None, None], capped, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(masked, axis=-1).astype(v_RQKE.dtype)
+    parts = jnp.split(weights, [s.shape[-1] for s in scores[:-1]], axis=-1)
+    sums = [jnp.einsum("rkgqt,rkte->rqkge", w, c.value) for w, c in zip(parts, seen, strict=True)]
+    return functools.reduce(jnp.add, sums).reshape(rows, queries, heads, size), new
 
 
-def append(cache_RTKE: Array, new_RQKE: Array, start: Array | int) -> Array:
-    """Writes the new keys (or values) into the cache from slot ``start`` on, the same for all rows."""
-    return jax.lax.dynamic_update_slice_in_dim(cache_RTKE, new_RQKE, start, axis=1)
+def cached_mask(mask_RQT: Array, start: Array | int) -> Array:
+    """A mask over cache slots, for tokens that are about to be written at ``start``: [R, Q, slots + Q].
+
+    The slots of these tokens still hold old contents; their keys stand after the cache.
+    """
+    queries, slots = mask_RQT.shape[1:]
+    slot = jnp.arange(slots)[None, None]
+    new = jax.lax.dynamic_slice_in_dim(mask_RQT, start, queries, axis=2)
+    return jnp.concatenate([mask_RQT & ((slot < start) | (slot >= start + queries)), new], axis=2)
+
+
+def extend(cache: Cache, new: Cache, position_RQ: Array, start: Array | int) -> Cache:
+    """Writes keys and values of Q new tokens, [N, R, K, Q, E], into all layers' slots from ``start`` on."""
+
+    def write(old: Array, part: Array, axis: int) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis)
+
+    return Cache(write(cache.key, new.key, 3), write(cache.value, new.value, 3), write(cache.position, position_RQ, 1))
 
 
 def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:
@@ -93,7 +118,7 @@ def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:
 
 
 def product(x: Array, kernel: Array, dtype: Any) -> Array:
-    """x @ kernel with operands of ``dtype``. Half-precision products are summed in fp32, which is also the fast way on CPUs."""
+    """x @ kernel with operands of ``dtype``. Half-precision products are summed in fp32, also the fast way on CPUs."""
     if jnp.dtype(dtype).itemsize == 2:
         return _half_product(x.astype(dtype), kernel)
     return x.astype(dtype) @ kernel.astype(dtype)
