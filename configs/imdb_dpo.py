@@ -1,6 +1,8 @@
-"""DPO on the pairs of the sentiment experiment (arXiv 2305.18290, §6.1), from the SFT model; any loss by --config.loss.name.
+"""DPO on the pairs of the sentiment experiment (arXiv 2305.18290, §6.1), from the SFT model.
 
-    python -m dpo_jax.train --config=configs/imdb_dpo.py --workdir=runs/imdb/dpo
+Any other preference loss by --config.loss.name.
+
+python -m dpo_jax.train --config=configs/imdb_dpo.py --workdir=runs/imdb/dpo
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,6 @@
-"""Preference pairs of the sentiment experiment: four answers of the SFT model to each prompt, ranked by the ground truth.
+"""Preference pairs of the sentiment experiment: four answers of the SFT model to each prompt, ranked by the truth.
 
-    python -m dpo_jax.prefer --config=configs/imdb_preferences.py --workdir=runs/imdb/preferences
+python -m dpo_jax.prefer --config=configs/imdb_preferences.py --workdir=runs/imdb/preferences
 """
 
 from ml_collections import ConfigDict

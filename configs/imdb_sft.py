@@ -1,6 +1,6 @@
 """Supervised fine-tuning of a tiny GPT-2 on openings of IMDb reviews: the first stage of the sentiment experiment.
 
-    python -m dpo_jax.train --config=configs/imdb_sft.py --workdir=runs/imdb/sft
+python -m dpo_jax.train --config=configs/imdb_sft.py --workdir=runs/imdb/sft
 """
 
 from ml_collections import ConfigDict

@@ -156,7 +156,9 @@ class SampledAnswers:
         answers = self._completer.sample(state.params, self._prompts, self._seed, self._temperature)
         policy = self._completer.logps(state.params, self._prompts, answers)
         reference = self._completer.logps(self._reference, self._prompts, answers)
-        texts = [self._completer.text(np.concatenate([p, a.tokens])) for p, a in zip(self._prompts, answers, strict=True)]
+        texts = [
+            self._completer.text(np.concatenate([p, a.tokens])) for p, a in zip(self._prompts, answers, strict=True)
+        ]
         rewards = None if self._reward is None else np.asarray(self._reward(texts), np.float64)
         self._write(step, answers, policy - reference, rewards)
         yield from self._numbers(answers, (policy - reference).astype(np.float64), rewards)
@@ -178,7 +180,10 @@ class SampledAnswers:
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for i, (prompt, answer) in enumerate(zip(self._prompts, answers, strict=True)):
-            row = {"prompt": self._completer.text(prompt), "answer": self._completer.text(answer.tokens)}
+            row: dict[str, Any] = {
+                "prompt": self._completer.text(prompt),
+                "answer": self._completer.text(answer.tokens),
+            }
             row |= {"log_ratio": round(float(ratios[i]), 4), "tokens": len(answer.tokens)}
             rows.append(row if rewards is None else row | {"reward": round(float(rewards[i]), 4)})
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

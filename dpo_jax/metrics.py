@@ -52,8 +52,11 @@ class Correlation:
         n, x, y, xx, yy, xy = (float(v) for v in (self.n, self.x, self.y, self.xx, self.yy, self.xy))
         if n == 0:
             return float("nan")
-        variance = (xx / n - (x / n) ** 2) * (yy / n - (y / n) ** 2)
-        return (xy / n - x / n * y / n) / variance**0.5 if variance > 1e-12 else float("nan")
+        variances = xx / n - (x / n) ** 2, yy / n - (y / n) ** 2
+        # What a constant leaves of its variance is the rounding of fp32 sums.
+        if variances[0] <= 1e-6 * xx / n or variances[1] <= 1e-6 * yy / n:
+            return float("nan")
+        return (xy / n - x / n * y / n) / (variances[0] * variances[1]) ** 0.5
 
 
 Metrics = Mapping[str, Any]  # name -> Ratio, Total or Correlation

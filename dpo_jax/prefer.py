@@ -1,7 +1,7 @@
 """Preference pairs as in the DPO paper's sentiment experiment (arXiv 2305.18290, §6.1).
 
-Prompts are the first tokens of reviews that nothing else has seen; the policy of ``init.run`` answers each several times;
-the ground-truth reward ranks the answers; all pairs of a prompt are kept. The result is a prepared dataset.
+Prompts are the first tokens of reviews that nothing else has seen; the policy of ``init.run`` answers each several
+times; the ground-truth reward ranks the answers; all pairs of a prompt are kept. The result is a prepared dataset.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 from absl import logging
 
 from dpo_jax import sources
+from dpo_jax.build import build
 from dpo_jax.checkpoint import load_params
 from dpo_jax.config import Config, to_json
 from dpo_jax.data.example import Answer, Example
@@ -30,7 +31,7 @@ from dpo_jax.models import init_params
 from dpo_jax.parallel import DataParallel
 from dpo_jax.progress import Progress, duration
 from dpo_jax.rewards import Reward
-from dpo_jax.train import build, claim
+from dpo_jax.workdir import owned
 
 EXAMPLES_FOLDER = "examples"
 PARTS = {"train": "prompts", "eval": "eval"}  # split of the pairs → part of the reviews
@@ -50,8 +51,11 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> Path:
       ValueError: no policy to sample from, or a workdir of another config.
       OSError: the workdir cannot be written.
     """
-    workdir = Path(workdir)
-    claim(workdir, config)
+    with owned(Path(workdir), config):
+        return _run(config, Path(workdir))
+
+
+def _run(config: Config, workdir: Path) -> Path:
     folder = workdir / EXAMPLES_FOLDER
     if is_prepared(folder):
         logging.info("%s is finished; remove it, or choose another --workdir, to sample anew.", folder)
@@ -116,7 +120,9 @@ class _PairMaker:
         config = self.config
         reviews = load_reviews(part, config.data.dir, config.data.reviews)
         if count > len(reviews):
-            raise ValueError(f"{count} prompts are asked of part {part!r}, which has {len(reviews)} reviews; ask for fewer")
+            raise ValueError(
+                f"{count} prompts are asked of part {part!r}, which has {len(reviews)} reviews; ask for fewer"
+            )
         window = config.data.prompt_length + config.data.answer_length
         openings = review_windows(reviews[:count], self.tokenizer, window)
         bounds = config.prefer.min_prompt, config.prefer.max_prompt
@@ -155,4 +161,8 @@ class _PairMaker:
 if __name__ == "__main__":
     from dpo_jax.main import main
 
-    main("Samples answers from a policy, ranks them by a reward and writes the preference pairs.", run)
+    main(
+        "Samples answers from a policy, ranks them by a reward and writes the preference pairs.",
+        run,
+        "python -m dpo_jax.prefer --config=configs/imdb_preferences.py --workdir=runs/imdb/preferences",
+    )

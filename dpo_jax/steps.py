@@ -3,14 +3,15 @@
 One compiled step scores the answers through policy and reference parameters, forms the loss over the *global* batch,
 whatever the number of devices and micro-batches, and updates the policy.
 
-Losses are separable or coupled. A separable loss is a sum over answers whose counts are known from the data alone, so each
-micro-batch pulls its own part of the gradient back. A coupled loss (AOT's sort, a running mean of rewards) needs all
-log-probabilities first: they are gathered, the loss is differentiated with respect to them, and each device pulls its own
-slice back, micro-batch by micro-batch. Both are exact.
+Losses are separable or coupled. A separable loss is a sum over answers whose counts are known from the data alone, so
+each micro-batch pulls its own part of the gradient back. A coupled loss (AOT's sort, a running mean of rewards) needs
+all log-probabilities first: they are gathered, the loss is differentiated with respect to them, and each device pulls
+its own slice back, micro-batch by micro-batch. Both are exact.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -66,7 +67,7 @@ class StepConfig:
       warmup: its rise, steps.
       steps: updates of the whole run.
       head_chunk: targets whose logits exist at a time.
-      reference_sync_every: TR-DPO (arXiv 2404.09656): steps between moves of the reference toward the policy; None is never.
+      reference_sync_every: steps between moves of the reference toward the policy (TR-DPO, arXiv 2404.09656); None: never.
       reference_sync_rate: α of reference ← α·policy + (1−α)·reference.
     """
 
@@ -121,7 +122,7 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     config: StepConfig,
-    axis: Axis = Axis(),  # noqa: B008 - frozen
+    axis: Axis = Axis(),
 ) -> Callable[[TrainState, PreferenceBatch, Hyper], tuple[TrainState, Metrics]]:
     """Builds the pure train step.
 
@@ -150,7 +151,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
         number = state.step + 1
         reference = _moved_reference(state.reference, params, number, config)
-        metrics["grad_norm"], metrics["learning_rate"] = Ratio(optax.global_norm(grads), 1.0), Ratio(rate, 1.0)
+        one = jnp.float32(1.0)
+        metrics["grad_norm"], metrics["learning_rate"] = Ratio(optax.global_norm(grads), one), Ratio(rate, one)
         return TrainState(number, params, reference, opt_state, loss_state), metrics
 
     return step
@@ -161,7 +163,7 @@ def make_eval_step(
     objective: Objective,
     answers: int,
     head_chunk: int,
-    axis: Axis = Axis(),  # noqa: B008 - frozen
+    axis: Axis = Axis(),
 ) -> Callable[[TrainState, PreferenceBatch, Hyper], Metrics]:
     """Builds the pure evaluation step: metrics of one batch, to be merged over batches, without an update."""
     scorer = Scorer(model, objective, answers, head_chunk)
@@ -215,7 +217,7 @@ class Scorer:
 
 @struct.dataclass
 class _Frozen:
-    """What a step knows before any gradient: reference scores [micro, X, A, C] and the mismatched log-ratios [global B]."""
+    """Known before any gradient: reference scores [micro, X, A, C] and the mismatched log-ratios [global B]."""
 
     reference: SequenceLogps
     mismatched_ratio_B: Array | None
@@ -295,7 +297,7 @@ def _differentiate(
     """Gradient of the loss with respect to the policy's log-probabilities, and the metrics."""
 
     def loss(policy: SequenceLogps) -> Array:
-        return objective.loss(hyper.loss, scored.replace(policy=policy), totals, numbers)
+        return objective.loss(hyper.loss, dataclasses.replace(scored, policy=policy), totals, numbers)
 
     cotangent = jax.grad(loss)(scored.policy)
     return cotangent, objective.metrics(hyper.loss, scored, totals, numbers)

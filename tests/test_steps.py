@@ -23,9 +23,7 @@ def batches_for(loss: str, count: int = 3, layout: str = "concatenated", shape: 
     entry = LOSSES[loss]
     shape = Shape(shape.answers, shape.prompt_length, shape.answer_length, entry.needs_prompt)
     source = random_examples(ROWS * count, shape)
-    pipeline = Pipeline(
-        source, shape, layout=layout, batch_size=ROWS, seed=0, mismatched=entry.needs_mismatched
-    )
+    pipeline = Pipeline(source, shape, layout=layout, batch_size=ROWS, seed=0, mismatched=entry.needs_mismatched)
     return [pipeline.batch(step) for step in range(count)]
 
 
@@ -66,7 +64,8 @@ def test_micro_batches_change_nothing(loss: str, devices: int, micro_batches: in
 @pytest.mark.parametrize("loss", ["dpo", "kto", "orpo"])
 def test_layouts_change_nothing(loss: str) -> None:
     model = tiny_model()
-    runs = [setup(loss, model=model).run(batches_for(loss, layout=layout)) for layout in LAYOUTS]
+    layouts = [layout for layout in LAYOUTS if layout != "packed"]  # which holds other numbers of examples in a batch
+    runs = [setup(loss, model=model).run(batches_for(loss, layout=layout)) for layout in layouts]
     for run in runs[1:]:
         assert_same_run(run, runs[0])
 
@@ -111,7 +110,9 @@ def test_a_policy_that_is_its_reference_has_the_known_loss(loss: str, expected: 
 def test_swapping_the_answers_flips_the_margin() -> None:
     examples = random_examples(ROWS, SHAPE)
     swap = lambda e: type(e)(  # noqa: E731
-        e.uid, e.prompt, tuple(type(a)(b.tokens, b.weights, a.role) for a, b in zip(e.answers, e.answers[::-1]))
+        e.uid,
+        e.prompt,
+        tuple(type(a)(b.tokens, b.weights, a.role) for a, b in zip(e.answers, e.answers[::-1], strict=True)),
     )
     (_, (one,)), (_, (other,)) = (
         setup("dpo").run([lay_out(e, SHAPE)]) for e in (examples, [swap(e) for e in examples])
