@@ -1,8 +1,8 @@
 """Layouts: how examples lie in the rows of a TokenBatch. One function each, the same contract.
 
-Every layout gives each answer one slot (two when the loss also scores the prompt: the answer's, then its prompt's), in the
-order of the examples, so that ``logps.reshape(X, A, C)`` is the same in all of them. To add one, write a function
-``(examples, shape) → TokenBatch`` and its line in LAYOUTS.
+Every layout gives each answer one slot (two when the loss also scores the prompt: the answer's, then its prompt's), in
+the order of the examples, so that ``logps.reshape(X, A, C)`` is the same in all of them but for places that are UNUSED.
+To add one, write a function ``(examples, shape) → TokenBatch`` and its line in LAYOUTS.
 """
 
 from __future__ import annotations
@@ -25,12 +25,16 @@ class Shape:
       prompt_length: longest prompt, tokens, its BOS included.
       answer_length: longest answer, tokens, its EOS included.
       with_prompt: whether each answer's slot is followed by one for its prompt.
+      row_length: positions of a row of the packed layout; None where another layout is used.
+      row_examples: most examples in a row of the packed layout.
     """
 
     answers: int
     prompt_length: int
     answer_length: int
     with_prompt: bool = False
+    row_length: int | None = None
+    row_examples: int = 8
 
     @property
     def sequence_length(self) -> int:
@@ -63,6 +67,14 @@ class _Row:
         sources = np.concatenate([[prompt_start + len(prompt) - 1], start + np.arange(len(answer.tokens) - 1)])
         self.add_targets(sources, answer.tokens, answer.weights, answer.role, answer.score)
 
+    def add_example(self, example: Example, with_prompt: bool, group: int) -> None:
+        """Appends the prompt once, and its answers as branches."""
+        start = self.add_input(example.prompt, 0, group, branch=0)
+        for i, answer in enumerate(example.answers):
+            self.add_answer(start, example.prompt, answer, group, branch=i + 1)
+            if with_prompt:
+                self.add_prompt_slot(start, example.prompt, used=i == 0)
+
     def add_prompt_slot(self, prompt_start: int, prompt: np.ndarray, used: bool) -> None:
         """A slot for the prompt's own targets; empty unless ``used``, so that a prompt counts once."""
         n = len(prompt) - 1 if used else 0
@@ -70,7 +82,9 @@ class _Row:
             prompt_start + np.arange(n), prompt[1 : n + 1], np.ones(n, np.float32), PROMPT if used else 0, 0.0
         )
 
-    def add_targets(self, sources: np.ndarray, tokens: np.ndarray, weights: np.ndarray, role: int, score: float) -> None:
+    def add_targets(
+        self, sources: np.ndarray, tokens: np.ndarray, weights: np.ndarray, role: int, score: float
+    ) -> None:
         self.targets.append((sources, tokens, weights, len(self.slots)))
         self.slots.append((role, score))
 
@@ -103,7 +117,7 @@ def concatenated(examples: Sequence[Example], shape: Shape) -> TokenBatch:
             if shape.with_prompt:
                 row.add_prompt_slot(start, example.prompt, used=i == 0)
             rows.append(row)
-    return _stack(rows, shape, answers=1)
+    return _stack(rows, _size(shape, answers=1))
 
 
 def shared_prefix(examples: Sequence[Example], shape: Shape) -> TokenBatch:
@@ -133,18 +147,61 @@ def shared_prefix(examples: Sequence[Example], shape: Shape) -> TokenBatch:
     for example in examples:
         _check(example, shape)
         row = _Row()
-        start = row.add_input(example.prompt, 0, group=1, branch=0)
-        for i, answer in enumerate(example.answers):
-            row.add_answer(start, example.prompt, answer, group=1, branch=i + 1)
-            if shape.with_prompt:
-                row.add_prompt_slot(start, example.prompt, used=i == 0)
+        row.add_example(example, shape.with_prompt, group=1)
         rows.append(row)
-    return _stack(rows, shape, answers=shape.answers)
+    return _stack(rows, _size(shape, shape.answers))
+
+
+def packed(examples: Sequence[Example], shape: Shape) -> TokenBatch:
+    """Several examples a row, each with its prompt once, in the order given; a row ends where the next does not fit.
+
+    ``dpo_jax/data/packing.py`` finds an order that leaves little room. No example sees another: they are of different
+    groups, and each begins with position 0. With (7, 8) → (3, 2), (4, 2) and (9) → (5, 2), (2), row_length 8,
+    row_examples 2 (`.` is padding)::
+
+        tokens    7 8 3 4 9 5 . .
+        position  0 1 2 2 0 1 . .
+        group     1 1 1 1 2 2 . .
+        branch    0 0 1 2 0 1 . .
+        source    1 2 1 3 4 5 4 . . .    the last answer, of its EOS alone, is predicted by the second prompt
+        target    3 2 4 2 5 2 2 . . .
+        slot      0 0 1 1 2 2 3 . . .
+
+    Args:
+      examples: X examples.
+      shape: what each of them is promised to be, and the size of the rows.
+
+    Returns:
+      TokenBatch with as many rows as are needed, S = row_examples · A (or 2A) slots, L = row_length. The slots after
+      the last example of a row are UNUSED.
+
+    Raises:
+      ValueError: an example is not what ``shape`` promises, or is longer than a row.
+    """
+    if shape.row_length is None:
+        raise ValueError("data.row_length is not set; the packed layout needs the positions of a row")
+    rows: list[_Row] = []
+    taken = shape.row_examples
+    for example in examples:
+        _check(example, shape)
+        positions = len(example.prompt) + sum(len(a.tokens) - 1 for a in example.answers)
+        if positions > shape.row_length:
+            raise ValueError(
+                f"example {example.uid} takes {positions} positions, a row has {shape.row_length} (data.row_length); "
+                "raise that key, or truncate the example when encoding it"
+            )
+        if taken == shape.row_examples or rows[-1].length + positions > shape.row_length:
+            rows.append(_Row())
+            taken = 0
+        taken += 1
+        rows[-1].add_example(example, shape.with_prompt, group=taken)
+    return _stack(rows, _row_size(shape, shape.row_length))
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Example], Shape], TokenBatch]] = {
     "concatenated": concatenated,
     "shared_prefix": shared_prefix,
+    "packed": packed,
 }
 
 
@@ -157,24 +214,48 @@ def pad_rows(batch: TokenBatch, rows: int) -> TokenBatch:
 def _check(example: Example, shape: Shape) -> None:
     if len(example.answers) != shape.answers:
         raise ValueError(
-            f"example {example.uid} has {len(example.answers)} answers where {shape.answers} are expected: paired losses "
-            "take (chosen, rejected), sft and unpaired data have one"
+            f"example {example.uid} has {len(example.answers)} answers where {shape.answers} are expected: paired "
+            "losses take (chosen, rejected), sft and unpaired data have one"
         )
     lengths = [len(a.tokens) for a in example.answers]
     if not 1 <= len(example.prompt) <= shape.prompt_length or not all(1 <= n <= shape.answer_length for n in lengths):
         raise ValueError(
-            f"example {example.uid} has {len(example.prompt)} prompt tokens and answers of {lengths} tokens; expected 1 to "
-            f"{shape.prompt_length} (data.prompt_length) and 1 to {shape.answer_length} (data.answer_length); raise these "
-            "keys, or truncate the example when encoding it"
+            f"example {example.uid} has {len(example.prompt)} prompt tokens and answers of {lengths} tokens; expected "
+            f"1 to {shape.prompt_length} (data.prompt_length) and 1 to {shape.answer_length} (data.answer_length); "
+            "raise these keys, or truncate the example when encoding it"
         )
 
 
-def _stack(rows: Sequence[_Row], shape: Shape, answers: int) -> TokenBatch:
-    """Copies filled rows of ``answers`` answers into arrays of one static shape; what is not filled is padding."""
-    length = shape.prompt_length + answers * (shape.answer_length - 1)
-    targets = answers * shape.answer_length + shape.with_prompt * (shape.prompt_length - 1)
-    slots = answers * (1 + shape.with_prompt)
-    shapes = {"RL": (len(rows), length), "RM": (len(rows), targets), "RS": (len(rows), slots)}
+@dataclass(frozen=True)
+class _Size:
+    """Static sizes of a row: positions, targets and slots."""
+
+    length: int
+    targets: int
+    slots: int
+
+
+def _size(shape: Shape, answers: int) -> _Size:
+    """A row of ``answers`` answers to one prompt."""
+    return _Size(
+        length=shape.prompt_length + answers * (shape.answer_length - 1),
+        targets=answers * shape.answer_length + shape.with_prompt * (shape.prompt_length - 1),
+        slots=answers * (1 + shape.with_prompt),
+    )
+
+
+def _row_size(shape: Shape, row_length: int) -> _Size:
+    """A row of several examples. One of n positions has at most n + A − 1 targets, its prompt's included."""
+    return _Size(
+        length=row_length,
+        targets=row_length + shape.row_examples * (shape.answers - 1),
+        slots=shape.row_examples * shape.answers * (1 + shape.with_prompt),
+    )
+
+
+def _stack(rows: Sequence[_Row], size: _Size) -> TokenBatch:
+    """Copies filled rows into arrays of one static shape; what is not filled is padding."""
+    shapes = {"RL": (len(rows), size.length), "RM": (len(rows), size.targets), "RS": (len(rows), size.slots)}
     out = {
         name: np.zeros(shapes[name[-2:]], np.float32 if name in ("weight_RM", "score_RS") else np.int32)
         for name in TokenBatch.__dataclass_fields__

@@ -16,8 +16,9 @@ prompt_text     text      for reading only
 answer_texts    texts     for reading only
 ==============  ========  =======================================================
 
-``prepared.json`` in the same folder says how many examples there are, which tokenizer encoded them and how they were
-made.
+The lengths of all examples lie beside the records, ``SPLIT.lengths``: int32 [n, 1 + answers], tokens of the prompt and
+of each answer. ``prepared.json`` in the same folder says how many examples there are, which tokenizer encoded them and
+how they were made.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -133,8 +134,9 @@ def write_examples(
         fingerprints: dict[str, str] = {}
         answers: dict[str, int] = {}
         for split, examples in splits.items():
-            content = _Content(split, to_text)
-            infos.append(_write_records(content.records(examples), template.replace(split=split), max_shard_bytes))
+            with (incomplete / _lengths_file(split)).open("wb") as lengths:
+                content = _Content(split, to_text, lengths)
+                infos.append(_write_records(content.records(examples), template.replace(split=split), max_shard_bytes))
             fingerprints[split], answers[split] = content.digest.hexdigest(), content.answers
         tfds.folder_dataset.write_metadata(
             data_dir=incomplete,
@@ -149,7 +151,11 @@ def write_examples(
             counts={info.name: info.num_examples for info in infos},
             answers=answers,
             fingerprints=fingerprints,
-            sizes={path.name: path.stat().st_size for path in sorted(incomplete.glob("*.array_record*"))},
+            sizes={
+                path.name: path.stat().st_size
+                for pattern in ("*.array_record*", "*.lengths")
+                for path in sorted(incomplete.glob(pattern))
+            },
             details=details,
         )
         text = json.dumps({"format": FORMAT_VERSION, **asdict(metadata)}, indent=2)
@@ -160,10 +166,10 @@ def write_examples(
 class _Content:
     """What is known of a split once all its records have gone by."""
 
-    def __init__(self, split: str, to_text: Callable[[np.ndarray], str] | None):
+    def __init__(self, split: str, to_text: Callable[[np.ndarray], str] | None, lengths: BinaryIO):
         self.digest = hashlib.sha256()
         self.answers = 0
-        self._split, self._to_text = split, to_text
+        self._split, self._to_text, self._lengths = split, to_text, lengths
 
     def records(self, examples: Iterable[Example]) -> Iterator[bytes]:
         features = _features()
@@ -171,6 +177,7 @@ class _Content:
             record = _record_of(example, self._to_text)
             self._count(example)
             self._add(record)
+            self._lengths.write(np.array([len(record["prompt"]), *record["answer_lengths"]], np.int32).tobytes())
             yield features.serialize_example(record)
         if not self.answers:
             raise ValueError(f"The split {self._split!r} holds no example; expected one or more.")
@@ -191,6 +198,10 @@ class _Content:
                 self.digest.update(value.tobytes())
             else:
                 self.digest.update(json.dumps([name, value]).encode())
+
+
+def _lengths_file(split: str) -> str:
+    return f"{split}.lengths"
 
 
 def _write_records(
@@ -327,6 +338,7 @@ class PreparedExamples:
       metadata: what the folder holds.
       answers: answers of each example.
       fingerprint: sha256 over the examples of the split: identity of the data, hexadecimal.
+      tokenizer_fingerprint: of the tokenizer that encoded them.
     """
 
     def __init__(self, folder: str | Path, split: str, tokenizer: str | None = None):
@@ -354,6 +366,7 @@ class PreparedExamples:
             )
         self.answers = self.metadata.answers[split]
         self.fingerprint = self.metadata.fingerprints[split]
+        self.tokenizer_fingerprint = self.metadata.tokenizer
         try:
             self._rows = tfds.builder_from_directory(self._folder).as_data_source(split=split)
         except Exception as error:  # TFDS reports damaged metadata in several types
@@ -384,6 +397,19 @@ class PreparedExamples:
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
+
+    def lengths(self) -> np.ndarray:
+        """Lengths of all examples, without reading them.
+
+        Returns:
+          int32 [n, 1 + answers], tokens of the prompt and of each answer.
+        """
+        path = self._folder / _lengths_file(self._split)
+        if path.name in self.metadata.sizes:
+            return np.fromfile(path, np.int32).reshape(len(self), 1 + self.answers)
+        # Written before lengths lay beside the records.
+        rows = (self._row(i) for i in range(len(self)))
+        return np.array([[len(row["prompt"]), *row["answer_lengths"]] for row in rows], np.int32)
 
     def texts(self, index: int) -> tuple[str, tuple[str, ...]]:
         """The texts that were written beside an example.

@@ -1,0 +1,186 @@
+"""Which examples share a row: a plan made from lengths alone, so that any step's rows can be found again.
+
+The plan of an epoch is a function of (lengths, seed, epoch). The examples are shuffled; a buffer of the next ones is
+kept; each row begins with the example that has waited longest and then takes, as long as one fits, the longest of the
+buffer that does. Every example is in exactly one row. Rows of 10, the lengths 6 7 3 2 4 in shuffled order, a buffer of
+4::
+
+    row 0   6 3     buffer 6 7 3 2: 6 has waited longest, 3 is the longest of those that fit beside it
+    row 1   7 2     buffer 7 2 4: 7, then 2 (4 does not fit)
+    row 2   4
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from dpo_jax.data.example import Example
+
+LOOK_AHEAD = 1024  # examples
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which examples lie in each row.
+
+    Attributes:
+      members: int64 [examples], indices of examples, row by row.
+      starts: int64 [rows + 1], where each row begins in ``members``.
+    """
+
+    members: np.ndarray
+    starts: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return self.members[self.starts[row] : self.starts[row + 1]]
+
+
+@runtime_checkable
+class Measured(Protocol):
+    """A source that knows the lengths of its examples without reading them."""
+
+    def lengths(self) -> np.ndarray: ...
+
+
+class Sized(Protocol):
+    """A random-access collection of examples."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Example: ...
+
+
+def example_lengths(source: Sized) -> np.ndarray:
+    """Lengths of all examples of a source.
+
+    Args:
+      source: the examples; read one by one unless it has ``lengths()``.
+
+    Returns:
+      int32 [n, 1 + A], tokens of the prompt and of each answer.
+    """
+    if isinstance(source, Measured):
+        return source.lengths()
+    examples = (source[i] for i in range(len(source)))
+    return np.array([[len(e.prompt), *(len(a.tokens) for a in e.answers)] for e in examples], np.int32)
+
+
+def row_positions(lengths: np.ndarray) -> np.ndarray:
+    """Positions that each example takes in a row: its prompt once, and all but the last token of each answer.
+
+    Args:
+      lengths: int [n, 1 + A], tokens of the prompt and of each answer.
+
+    Returns:
+      int64 [n].
+    """
+    return lengths.astype(np.int64).sum(axis=1) - (lengths.shape[1] - 1)
+
+
+def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of an epoch: a permutation of ``count`` indices by seed and epoch alone."""
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def plan_rows(
+    positions: np.ndarray,
+    order: np.ndarray,
+    *,
+    row_length: int,
+    row_examples: int,
+    look_ahead: int = LOOK_AHEAD,
+) -> Rows:
+    """Puts examples into rows; see the module's table.
+
+    Args:
+      positions: int [n], positions that each example takes.
+      order: int [m], indices of the examples to place, in the order in which they come.
+      row_length: positions of a row.
+      row_examples: most examples in a row.
+      look_ahead: examples in the buffer.
+
+    Returns:
+      The rows; each index of ``order`` is in exactly one.
+
+    Raises:
+      ValueError: an example is longer than a row.
+    """
+    longest = int(positions[order].max(initial=0))
+    if longest > row_length:
+        worst = order[int(np.argmax(positions[order]))]
+        raise ValueError(
+            f"example number {worst} takes {longest} positions, a row has {row_length} (data.row_length), and "
+            f"{int((positions[order] > row_length).sum())} of {len(order)} examples are longer than a row; raise that "
+            "key, or lower data.prompt_length and data.answer_length so that examples are truncated"
+        )
+    waiting = _Buffer(positions.tolist())
+    members: list[int] = []
+    starts = [0]
+
+    def fill() -> None:
+        members.extend(_take_row(waiting, row_length, row_examples))
+        starts.append(len(members))
+
+    for index in order.tolist():
+        waiting.add(index)
+        if len(waiting) >= look_ahead:
+            fill()
+    while len(waiting):
+        fill()
+    return Rows(np.array(members, np.int64), np.array(starts, np.int64))
+
+
+def _take_row(waiting: _Buffer, room: int, most: int) -> list[int]:
+    row = [waiting.take_oldest()]
+    while len(row) < most:
+        room -= waiting.sizes[row[-1]]
+        index = waiting.take_longest(room)
+        if index is None:
+            break
+        row.append(index)
+    return row
+
+
+class _Buffer:
+    """Examples that wait for a row, by age and by size."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = sizes
+        self._by_size: list[tuple[int, int, int]] = []  # size, minus the arrival, index: the oldest of equals is last
+        self._by_age: deque[tuple[int, int]] = deque()  # arrival, index
+        self._gone: set[int] = set()  # arrivals that have left through _by_size
+        self._arrivals = 0
+
+    def __len__(self) -> int:
+        return len(self._by_size)
+
+    def add(self, index: int) -> None:
+        bisect.insort(self._by_size, (self.sizes[index], -self._arrivals, index))
+        self._by_age.append((self._arrivals, index))
+        self._arrivals += 1
+
+    def take_oldest(self) -> int:
+        arrival, index = self._by_age.popleft()
+        while arrival in self._gone:
+            self._gone.remove(arrival)
+            arrival, index = self._by_age.popleft()
+        del self._by_size[bisect.bisect_left(self._by_size, (self.sizes[index], -arrival, index))]
+        return index
+
+    def take_longest(self, room: int) -> int | None:
+        """The longest example of at most ``room`` positions, the oldest of equals; None where none fits."""
+        place = bisect.bisect_right(self._by_size, (room + 1,)) - 1
+        if place < 0:
+            return None
+        _, minus_arrival, index = self._by_size.pop(place)
+        self._gone.add(-minus_arrival)
+        return index

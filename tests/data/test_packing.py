@@ -1,0 +1,116 @@
+"""The packing plan: every example once, full rows that fit, and the same losses and gradients as other layouts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dpo_jax.data import packing
+from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
+from dpo_jax.data.pipeline import mismatch
+from dpo_jax.losses import LOSSES
+from dpo_jax.types import PreferenceBatch
+from tests.tiny import random_examples, setup
+
+
+def plan(sizes, order=None, **options):
+    sizes = np.array(sizes)
+    order = np.arange(len(sizes)) if order is None else np.array(order)
+    rows = packing.plan_rows(sizes, order, **{"row_length": 10, "row_examples": 8, **options})
+    return [row.tolist() for row in (rows[r] for r in range(len(rows)))]
+
+
+def test_the_table_of_the_docstring() -> None:
+    sizes = [6, 7, 3, 2, 4]
+    assert [[sizes[i] for i in row] for row in plan(sizes, look_ahead=4)] == [[6, 3], [7, 2], [4]]
+
+
+def test_a_row_takes_the_longest_that_fits_and_the_oldest_of_equals() -> None:
+    assert plan([5, 4, 5, 5, 4]) == [[0, 2], [1, 3], [4]]
+
+
+def test_look_ahead_bounds_how_long_an_example_is_passed_over() -> None:
+    # Without bound, the fours would all find a place before the only nine.
+    sizes = [6, 9, *[4] * 10]
+    rows = plan(sizes, look_ahead=3)
+    assert [1] in rows[:2]
+
+
+@given(
+    st.lists(st.integers(1, 10), min_size=1, max_size=60),
+    st.integers(1, 5),
+    st.integers(1, 12),
+    st.randoms(use_true_random=False),
+)
+def test_every_example_is_in_one_row_and_every_row_fits(sizes, row_examples, look_ahead, random) -> None:
+    order = list(range(len(sizes)))
+    random.shuffle(order)
+    rows = plan(sizes, order, row_examples=row_examples, look_ahead=look_ahead)
+    assert sorted(i for row in rows for i in row) == sorted(order)
+    assert all(sum(sizes[i] for i in row) <= 10 and 1 <= len(row) <= row_examples for row in rows)
+    assert rows == plan(sizes, order, row_examples=row_examples, look_ahead=look_ahead)
+
+
+def test_rows_are_nearly_full() -> None:
+    sizes = np.random.default_rng(0).integers(20, 300, 5000)
+    rows = packing.plan_rows(sizes, packing.shuffled(5000, 0, 0), row_length=512, row_examples=16)
+    assert sizes.sum() / (len(rows) * 512) > 0.97
+
+
+def test_orders_differ_by_seed_and_epoch_alone() -> None:
+    assert packing.shuffled(50, 1, 2).tolist() == packing.shuffled(50, 1, 2).tolist()
+    assert packing.shuffled(50, 1, 2).tolist() != packing.shuffled(50, 1, 3).tolist()
+    assert packing.shuffled(50, 1, 2).tolist() != packing.shuffled(50, 2, 2).tolist()
+
+
+def test_an_example_longer_than_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="example number 1 takes 12 positions, a row has 10.*2 of 3 examples"):
+        plan([3, 12, 11])
+
+
+def test_positions_are_those_that_the_layout_fills() -> None:
+    shape = Shape(2, prompt_length=6, answer_length=9, row_length=22, row_examples=1)
+    examples = random_examples(20, shape)
+    filled = (LAYOUTS["packed"](examples, shape).group_RL != 0).sum(axis=1)
+    assert packing.row_positions(packing.example_lengths(examples)).tolist() == filled.tolist()
+
+
+def in_plan(examples, shape: Shape):
+    rows = packing.plan_rows(
+        packing.row_positions(packing.example_lengths(examples)),
+        np.arange(len(examples)),
+        row_length=shape.row_length,
+        row_examples=shape.row_examples,
+    )
+    return [examples[i] for i in rows.members]
+
+
+@pytest.mark.parametrize("loss", ["dpo", "kto", "orpo", "aot"])
+def test_packing_changes_no_loss_metric_or_gradient(loss: str) -> None:
+    entry = LOSSES[loss]
+    shape = Shape(2, 5, 8, entry.needs_prompt, row_length=30, row_examples=4)
+    examples = random_examples(16, shape)
+
+    def batch(layout: str) -> PreferenceBatch:
+        ordered, others = examples, mismatch(examples)
+        if layout == "packed":
+            ordered, others = in_plan(examples, shape), in_plan(others, shape)
+        rows = LAYOUTS[layout](ordered, shape)
+        rows = pad_rows(rows, rows.tokens_RL.shape[0] + 2)
+        second = LAYOUTS[layout](others, replace(shape, with_prompt=False)) if entry.needs_mismatched else None
+        return PreferenceBatch(rows, second)
+
+    (state, metrics), (expected_state, expected) = (
+        setup(loss).run([batch(layout)]) for layout in ("packed", "concatenated")
+    )
+    assert metrics[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        np.testing.assert_allclose(metrics[0][name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state.params, expected_state.params
+    )
