@@ -92,8 +92,8 @@ def _shared() -> Iterator[str]:
     yield (
         "`config.loss.reduction` is how token log-probabilities become one number an answer: `sum`, `mean` (over "
         "tokens) or `desensitized` (LD-DPO, arXiv 2409.06411: tokens past the length of the shorter answer count for "
-        "`length_alpha`). `config.loss.wpo` weighs each pair by exp Σ mean_t [log π(y_t) − log Σ_v π(v)²] of its answers "
-        "(WPO, arXiv 2406.11827, eq. 2)."
+        "`length_alpha`). `config.loss.wpo` weighs each pair by exp Σ mean_t [log π(y_t) − log Σ_v π(v)²] of its "
+        "answers (WPO, arXiv 2406.11827, eq. 2)."
     )
     yield ""
     for name, default in SHARED.items():
