@@ -36,7 +36,7 @@ class DataParallel:
         return self._pmap(step, "eval_step")
 
     def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """Compiles ``fn(params, *rows)``: parameters are replicated, the rows of the other arguments split over devices.
+        """Compiles ``fn(params, *rows)``: parameters are on every device, rows of the other arguments split over them.
 
         The number of rows must divide by the devices; results come back as numpy arrays of all rows.
         """

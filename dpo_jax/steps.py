@@ -67,7 +67,7 @@ class StepConfig:
       warmup: its rise, steps.
       steps: updates of the whole run.
       head_chunk: targets whose logits exist at a time.
-      reference_sync_every: steps between moves of the reference toward the policy (TR-DPO, arXiv 2404.09656); None: never.
+      reference_sync_every: steps between moves of the reference (TR-DPO, arXiv 2404.09656); None is never.
       reference_sync_rate: α of reference ← α·policy + (1−α)·reference.
     """
 
@@ -172,7 +172,7 @@ def make_eval_step(
         totals, frozen = _before_gradient(scorer, state, batch, axis)
         policy = _over_micro(lambda b: scorer.policy(state.params, b), batch.answers)
         scored = axis.gather(_flat(scorer.scored(policy, frozen.reference, batch.answers)))
-        numbers, _ = _statistics(objective, state, hyper, scored, totals, frozen)
+        numbers, _ = _statistics(objective, state, hyper, scored, totals, frozen, update=False)
         metrics = objective.metrics(hyper.loss, scored, totals, numbers)
         return dict(metrics)
 
@@ -304,11 +304,16 @@ def _differentiate(
 
 
 def _statistics(
-    objective: Objective, state: TrainState, hyper: Hyper, scored: Scored | None, totals: Totals, frozen: _Frozen
+    objective: Objective,
+    state: TrainState,
+    hyper: Hyper,
+    scored: Scored | None,
+    totals: Totals,
+    frozen: _Frozen,
+    update: bool = True,
 ) -> tuple[dict[str, Any], Any]:
-    return objective.statistics(
-        hyper.loss, state.loss_state, scored, totals, frozen.mismatched_ratio_B, frozen.mismatched_mask_B
-    )
+    mismatched = frozen.mismatched_ratio_B, frozen.mismatched_mask_B
+    return objective.statistics(hyper.loss, state.loss_state, scored, totals, *mismatched, update=update)
 
 
 def _moved_reference(reference: Params | None, params: Params, step: Array, config: StepConfig) -> Params | None:

@@ -10,6 +10,8 @@ import matplotlib
 import matplotlib.pyplot as plt
 from absl import logging
 
+from dpo_jax.data.prepared import PreparedExamples, read_metadata
+from dpo_jax.prefer import EXAMPLES_FOLDER
 from dpo_jax.writers import read_metrics
 
 FIGURE, TABLE, SAMPLES = "reward_kl.png", "report.md", "samples.md"
@@ -36,7 +38,7 @@ def write(workdir: Path, shown: int = 4) -> None:
     table = _table(evaluations[0], evaluations[-1])
     samples = _samples(workdir / "dpo" / "samples", int(evaluations[-1]["step"]), shown)
     (workdir / TABLE).write_text(table + "\n" + samples, encoding="utf-8")
-    draw(evaluations, workdir / FIGURE)
+    draw(evaluations, _best_of(workdir / "preferences" / EXAMPLES_FOLDER), workdir / FIGURE)
     print(table, samples, sep="\n")
     _say_where(workdir)
 
@@ -68,26 +70,38 @@ def _wrapped(name: str, row: dict[str, object]) -> str:
     return textwrap.fill(text, 110, initial_indent=head + "  ", subsequent_indent=" " * 12)
 
 
-def draw(evaluations: list[dict[str, float]], path: Path) -> None:
+def draw(evaluations: list[dict[str, float]], best_of: tuple[int, float] | None, path: Path) -> None:
     """Draws the path of reward against KL, a point an evaluation, with bars of one standard error.
 
     Args:
       evaluations: rows of ``metrics.jsonl`` that have samples.
+      best_of: (n, mean reward of the best of n answers of the reference); None leaves it out.
       path: of the PNG.
     """
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
     kl, reward = ([row[f"samples/{name}"] for row in evaluations] for name in ("kl", "reward"))
-    errors = ([row[f"samples/{name}_se"] for row in evaluations] for name in ("kl", "reward"))
-    kl_error, reward_error = errors
+    kl_error, reward_error = ([row[f"samples/{name}_se"] for row in evaluations] for name in ("kl", "reward"))
     axes.errorbar(kl, reward, xerr=kl_error, yerr=reward_error, color="#0072B2", marker="o", ms=4, lw=1.2, capsize=2)
-    for row in (evaluations[0], evaluations[-1]):
-        name = "reference" if row is evaluations[0] else "policy"
+    for name, row, side in (("reference", evaluations[0], "left"), ("policy", evaluations[-1], "right")):
         axes.annotate(
             f"{name}, step {int(row['step'])}",
             (row["samples/kl"], row["samples/reward"]),
             textcoords="offset points",
-            xytext=(8, -12),
+            xytext=(8 if side == "left" else -8, -14),
+            ha=side,
+        )
+    if best_of is not None:
+        axes.axhline(best_of[1], color="#D55E00", ls="--", lw=1)
+        label = f"best of {best_of[0]} answers of the reference"
+        axes.annotate(
+            label,
+            (1, best_of[1]),
+            xycoords=("axes fraction", "data"),
+            ha="right",
+            xytext=(-4, 4),
+            textcoords="offset points",
+            color="#D55E00",
         )
     axes.set_xlabel("KL(policy ‖ reference), nats a sequence")
     axes.set_ylabel("reward of samples, P(positive)")
@@ -95,6 +109,16 @@ def draw(evaluations: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def _best_of(folder: Path) -> tuple[int, float]:
+    """Answers sampled a prompt, and the mean reward of the best of them, from the held-out pairs."""
+    best: dict[bytes, float] = {}
+    for example in PreparedExamples(folder, "eval"):
+        key = example.prompt.tobytes()
+        best[key] = max(best.get(key, 0.0), example.answers[0].score)
+    answers = read_metadata(folder).details["config"]["prefer"]["answers"]
+    return answers, sum(best.values()) / len(best)
 
 
 def _say_where(workdir: Path) -> None:
