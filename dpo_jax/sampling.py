@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -32,19 +32,33 @@ class Samples:
 
 
 def make_sampler(
-    model: nn.Module, *, max_new_tokens: int, eos: int
+    model: nn.Module,
+    *,
+    max_new_tokens: int,
+    eos: int | Sequence[int],
+    top_k: int | None = None,
+    top_p: float | None = None,
 ) -> Callable[[Params, Array, Array, Array, Array], Samples]:
     """Builds the pure function (params, prompt_RP, length_R, key_R, temperature_R) → Samples.
 
-    Prompts are padded on the right to P tokens; T = ``max_new_tokens``. The random numbers of a row depend on its own key
-    and on the place of the token alone, so a row's completion does not depend on the rows beside it. The cache has the
-    model's compute dtype: samples come from the same function that scores them.
+    Prompts are padded on the right to P tokens; T = ``max_new_tokens``; a temperature of 0 takes the likeliest token.
+    The random numbers of a row depend on its own key and on the place of the token alone, so a row's completion does
+    not depend on the rows beside it. The cache has the model's compute dtype: samples come from the same function that
+    scores them.
 
     Args:
       model: a family's module.
       max_new_tokens: T, tokens of room for an answer, its EOS included.
-      eos: the token that ends an answer.
+      eos: the token, or the tokens any of which, ends an answer.
+      top_k: draws among this many of the likeliest tokens only; None is all.
+      top_p: draws among the fewest likeliest tokens whose probabilities add up to this; None is all.
+
+    Raises:
+      ValueError: ``top_k`` below 1, or ``top_p`` outside (0, 1].
     """
+    if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(f"top_k is {top_k} and top_p {top_p}; expected at least 1, and more than 0 up to 1")
+    ends = np.atleast_1d(np.asarray(eos, np.int32))
 
     def sample(params: Params, prompt_RP: Array, length_R: Array, key_R: Array, temperature_R: Array) -> Samples:
         rows, prompt_slots = prompt_RP.shape
@@ -58,7 +72,9 @@ def make_sampler(
         def draw(hidden_RD: Array, t: Array) -> tuple[Array, Array]:
             logits_RV = project(hidden_RD, head_VD, model.logit_cap)
             uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(key_R)
-            token_R = draw_token(logits_RV / temperature_R[:, None], uniform_R)
+            warmth_R = jnp.where(temperature_R > 0, temperature_R, 1.0)
+            drawn_R = draw_token(keep_likeliest(logits_RV / warmth_R[:, None], top_k, top_p), uniform_R)
+            token_R = jnp.where(temperature_R > 0, drawn_R, jnp.argmax(logits_RV, axis=1).astype(jnp.int32))
             logp_RV = jax.nn.log_softmax(logits_RV)
             return token_R, jnp.take_along_axis(logp_RV, token_R[:, None], axis=1)[:, 0]
 
@@ -70,7 +86,7 @@ def make_sampler(
                 tokens_RT=out.tokens_RT.at[:, t].set(jnp.where(live_R, token_R, 0)),
                 logp_RT=out.logp_RT.at[:, t].set(jnp.where(live_R, logp_R, 0.0)),
                 length_R=out.length_R + live_R,
-                ended_R=out.ended_R | (token_R == eos),
+                ended_R=out.ended_R | jnp.any(token_R[:, None] == ends[None], axis=1),
             )
             slot = jnp.arange(prompt_slots + max_new_tokens)[None]
             sampled_1T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
@@ -100,6 +116,24 @@ def make_sampler(
 def row_keys(seed: int, rows: np.ndarray) -> jax.Array:
     """One random key for each row: a function of (seed, number of the row)."""
     return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows, jnp.uint32))
+
+
+def keep_likeliest(logits_RV: Array, top_k: int | None, top_p: float | None) -> Array:
+    """Logits with −∞ outside of the ``top_k`` likeliest tokens, and of those outside of the nucleus of mass ``top_p``.
+
+    The nucleus (arXiv 1904.09751) holds a token iff the likelier ones add up to less than ``top_p``; tokens as likely
+    as its last one stay.
+    """
+    if top_k is not None and top_k < logits_RV.shape[1]:
+        least_R1 = jax.lax.top_k(logits_RV, top_k)[0][:, -1:]
+        logits_RV = jnp.where(logits_RV < least_R1, -jnp.inf, logits_RV)
+    if top_p is not None and top_p < 1:
+        sorted_RV = jnp.sort(logits_RV, axis=1)[:, ::-1]
+        p_RV = jax.nn.softmax(sorted_RV, axis=1)
+        kept_RV = jnp.cumsum(p_RV, axis=1) - p_RV < top_p
+        least_R1 = jnp.min(jnp.where(kept_RV, sorted_RV, jnp.inf), axis=1, keepdims=True)
+        logits_RV = jnp.where(logits_RV < least_R1, -jnp.inf, logits_RV)
+    return logits_RV
 
 
 def draw_token(logits_RV: Array, uniform_R: Array) -> Array:

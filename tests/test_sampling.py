@@ -9,7 +9,7 @@ from scipy import stats
 
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape, concatenated
-from dpo_jax.sampling import draw_token, make_sampler, row_keys
+from dpo_jax.sampling import draw_token, keep_likeliest, make_sampler, row_keys
 from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params
 
 EOS = 2
@@ -137,3 +137,50 @@ def test_the_largest_uniform_number_stays_in_the_vocabulary() -> None:
     logits[0, 3] = 0.0
     for u in (0.0, np.nextafter(np.float32(1), np.float32(0))):
         assert int(jax.jit(draw_token)(logits, np.array([u], np.float32))[0]) == 3
+
+
+def test_a_temperature_of_0_takes_the_likeliest_token(sampler) -> None:
+    model, params, _ = sampler
+    tokens, lengths, greedy = _draw(sampler, 32, temperature=0.0)
+    again = _draw(sampler, 32, seed=5, temperature=0.0)[2]
+    np.testing.assert_array_equal(greedy.tokens_RT, again.tokens_RT)
+    length = lengths[0]
+    mask = np.tril(np.ones((1, length, length), bool))
+    hidden, _ = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
+    assert int(greedy.tokens_RT[0, 0]) == int(np.argmax(hidden[0, -1] @ params["token_embedding"].T))
+
+
+def test_only_the_likeliest_are_kept() -> None:
+    p = np.array([[0.4, 0.3, 0.15, 0.1, 0.05], [0.05, 0.1, 0.15, 0.3, 0.4]])
+    keep = jax.jit(keep_likeliest, static_argnums=(1, 2))
+    kept = lambda *limits: np.isfinite(np.asarray(keep(np.log(p).astype(np.float32), *limits)))[0].tolist()  # noqa: E731
+    assert kept(None, None) == [True] * 5
+    assert kept(2, None) == [True, True, False, False, False]
+    assert kept(99, 1.0) == [True] * 5
+    assert kept(None, 0.39) == [True, False, False, False, False]
+    assert kept(None, 0.5) == [True, True, False, False, False], "the token that crosses the mass stays"
+    assert kept(None, 0.8) == [True, True, True, False, False]
+    # Of the two likeliest, 4/7 and 3/7 remain, so that half of the mass is the first alone.
+    assert kept(2, 0.5) == [True, False, False, False, False]
+    both = np.isfinite(np.asarray(keep(np.log(p).astype(np.float32), 2, None)))
+    np.testing.assert_array_equal(both[0], both[1][::-1])
+
+
+def test_limits_and_several_ends_hold_while_sampling(sampler) -> None:
+    model, params, _ = sampler
+    ends = (EOS, 5, 9)
+    sample = jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ends, top_k=3, top_p=0.9))
+    tokens, lengths, out = _draw((model, params, sample), 128)
+    assert len(np.unique(out.tokens_RT[:64, 0])) > 3, "prompts differ"
+    same = tuple(np.repeat(a[:1], 256, axis=0) for a in (tokens, lengths))
+    first = np.asarray(_draw((model, params, sample), 256, prompts=same)[2].tokens_RT)[:, 0]
+    assert 2 <= len(np.unique(first)) <= 3
+    for row, n, done in zip(*(np.asarray(a) for a in (out.tokens_RT, out.length_R, out.ended_R)), strict=True):
+        assert (row[n - 1] in ends) == done
+        assert not np.isin(row[: n - 1], ends).any()
+
+
+@pytest.mark.parametrize("limits", [dict(top_k=0), dict(top_p=0.0), dict(top_p=1.5)])
+def test_impossible_limits_are_refused(limits) -> None:
+    with pytest.raises(ValueError, match="expected at least 1, and more than 0 up to 1"):
+        make_sampler(tiny_model(), max_new_tokens=1, eos=EOS, **limits)

@@ -50,13 +50,13 @@ class Context:
 
     def seen(self, layer: Layer) -> Array:
         """bool [R, Q, T], which keys a token sees in a layer."""
-        if self.distance_RQT is None:
+        if self.distance_RQT is None or layer.window is None:
             return self.mask_RQT
         return self.mask_RQT & (self.distance_RQT < layer.window)
 
     def turn(self, x_RQHE: Array, layer: Layer) -> Array:
         """Queries or keys with the layer's rotary embedding."""
-        if self.cos is None:
+        if self.cos is None or self.sin is None:
             return x_RQHE
         index = 0 if layer.rope is None else layer.rope
         return rotate(x_RQHE, self.cos[index], self.sin[index])
@@ -115,7 +115,7 @@ class Decoder(nn.Module):
         if cache is None:
             x_RQD, _ = self.blocks(x_RQD, None, self._layers(), self._context(position_RQ, position_RQ, mask_RQT))
         else:
-            key_position_RT = jnp.concatenate([cache.position, position_RQ], axis=1)
+            key_position_RT = jnp.concatenate([jnp.asarray(cache.position), position_RQ], axis=1)
             context = self._context(position_RQ, key_position_RT, cached_mask(mask_RQT, start))
             x_RQD, new = self.blocks(x_RQD, Cache(cache.key, cache.value), self._layers(), context)
             cache = extend(cache, new, position_RQ, start)

@@ -1,13 +1,14 @@
-"""Gemma 2 (arXiv 2408.00118) and 3 (2503.19786), text only: norms before and after each part, layers with and without a window.
+"""Gemma 2 (arXiv 2408.00118) and 3 (2503.19786), text only: norms before and after each part, windows in some layers.
 
-Gemma 2 soft-caps attention scores and logits. Gemma 3 norms queries and keys instead, and gives layers with a window rotary
-embeddings of their own.
+Gemma 2 soft-caps attention scores and logits. Gemma 3 norms queries and keys instead, and gives layers with a window
+rotary embeddings of their own.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -44,7 +45,7 @@ class Block(nn.Module):
     """Attention and MLP, each normed before and after."""
 
     config: DecoderConfig
-    head_norm = None
+    head_norm: ClassVar[type[nn.Module] | None] = None
 
     @nn.compact
     def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:
@@ -60,7 +61,7 @@ class Block(nn.Module):
 class HeadNormBlock(Block):
     """The same with a norm for each query and key head."""
 
-    head_norm = UnitRmsNorm
+    head_norm: ClassVar[type[nn.Module] | None] = UnitRmsNorm
 
 
 class Gemma2(Decoder):

@@ -108,7 +108,8 @@ def extend(cache: Cache, new: Cache, position_RQ: Array, start: Array | int) -> 
     def write(old: Array, part: Array, axis: int) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis)
 
-    return Cache(write(cache.key, new.key, 3), write(cache.value, new.value, 3), write(cache.position, position_RQ, 1))
+    position = None if cache.position is None else write(cache.position, position_RQ, 1)
+    return Cache(write(cache.key, new.key, 3), write(cache.value, new.value, 3), position)
 
 
 def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -25,7 +26,7 @@ class Block(nn.Module):
     """Attention and MLP, each on the normed stream and added to it."""
 
     config: DecoderConfig
-    head_norm = None
+    head_norm: ClassVar[type[nn.Module] | None] = None
 
     @nn.compact
     def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:

@@ -31,7 +31,7 @@ class NeoXConfig(DecoderConfig):
 
 
 class Block(nn.Module):
-    """Both parts read a normed stream of their own. Queries, keys and values of a head lie side by side in one matrix."""
+    """Each part reads a norm of its own. Queries, keys and values of a head lie side by side in one matrix."""
 
     config: NeoXConfig
 
@@ -41,7 +41,7 @@ class Block(nn.Module):
         h_RQD = LayerNorm(c, name="attention_norm")(x_RQD)
         qkv = Dense(c, 3 * c.width, ("embed", "heads"), bias=c.qkv_bias, name="qkv")(h_RQD)
         qkv = qkv.reshape(*qkv.shape[:2], c.heads, 3, c.size)
-        attended, cache = attend_and_keep(c, *(qkv[..., i, :] for i in range(3)), cache, layer, context)
+        attended, cache = attend_and_keep(c, qkv[..., 0, :], qkv[..., 1, :], qkv[..., 2, :], cache, layer, context)
         out = Dense(c, c.width, ("heads", "embed"), bias=c.out_bias, residual=True, name="attention_out")(attended)
         h_RQD = LayerNorm(c, name="mlp_norm")(x_RQD if c.parallel else x_RQD + out)
         return x_RQD + out + Mlp(c, partial(jax.nn.gelu, approximate=False), name="mlp")(h_RQD), cache

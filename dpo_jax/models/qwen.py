@@ -1,9 +1,14 @@
-"""Qwen 2, 2.5 (arXiv 2407.10671, 2412.15115) and 3 (2505.09388): Llama with biases on queries, keys and values, or with normed
-queries and keys. Their later layers may see a window only."""
+"""Qwen 2, 2.5 (arXiv 2407.10671, 2412.15115) and 3 (2505.09388): Llama with biases, or with normed queries and keys.
+
+Their later layers may see a window only.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+import flax.linen as nn
 
 from dpo_jax.models import llama
 from dpo_jax.models.layers import RmsNorm
@@ -35,7 +40,7 @@ class Qwen2(Llama):
 class Block(llama.Block):
     """Llama's layer with a norm for each query and key head."""
 
-    head_norm = RmsNorm
+    head_norm: ClassVar[type[nn.Module] | None] = RmsNorm
 
 
 class Qwen3(Llama):

@@ -1,7 +1,7 @@
 """Rotary position embeddings (arXiv 2104.09864) and the scalings that stretch them over longer texts.
 
-Each pair of coordinates (i, i + E'/2) of a query or key is turned by position · frequency_i, E' being the share of the head
-that is rotated.
+Each pair of coordinates (i, i + E'/2) of a query or key is turned by position · frequency_i, E' being the share of the
+head that is rotated.
 """
 
 from __future__ import annotations

@@ -1,0 +1,170 @@
+"""One engine for all families: a table of names in, parameters out, and back.
+
+Layers are separate tensors in a file and one stacked array here. Parameters are built one at a time from tensors that
+are read one at a time, so that the host never holds more than the model and one tensor.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from dpo_jax.convert.tensors import Entry, write_tensors
+from dpo_jax.trees import named_leaves
+from dpo_jax.types import Params
+
+LAYER = "{n}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of a table.
+
+    Attributes:
+      theirs: name of a tensor in the file; ``{n}`` is the number of the layer.
+      ours: path of the parameter.
+      transpose: whether the file has [out, in] where we have [in, out].
+    """
+
+    theirs: str
+    ours: str
+    transpose: bool = False
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of the file and its place in a parameter.
+
+    Attributes:
+      theirs: the tensor's name.
+      ours: the parameter's path.
+      layer: index in the parameter's first axis; None when it is the parameter.
+      transpose: whether the two are transposed.
+      shape: of the tensor in the file.
+    """
+
+    theirs: str
+    ours: str
+    layer: int | None
+    transpose: bool
+    shape: tuple[int, ...]
+
+    def to_theirs(self, parameter: Any) -> np.ndarray:
+        part = np.asarray(parameter if self.layer is None else parameter[self.layer])
+        return part.T if self.transpose else part
+
+
+def make_slots(rules: Iterable[Rule], params: Params) -> list[Slot]:
+    """Every tensor that a model is made of.
+
+    Args:
+      rules: the family's table; lines for parameters that this model does not have are passed over.
+      params: parameters or their shapes.
+
+    Raises:
+      ValueError: parameters that no line is for.
+    """
+    leaves = named_leaves(params)
+    rules = [rule for rule in rules if rule.ours in leaves]
+    uncovered = sorted(set(leaves) - {rule.ours for rule in rules})
+    if uncovered:
+        raise ValueError(f"parameters without a name in Hugging Face files: {', '.join(uncovered)}")
+    return [slot for rule in rules for slot in _slots(rule, tuple(leaves[rule.ours].shape))]
+
+
+def _slots(rule: Rule, shape: tuple[int, ...]) -> list[Slot]:
+    stacked = LAYER in rule.theirs
+    part = shape[1:] if stacked else shape
+    part = part[::-1] if rule.transpose else part
+    layers = range(shape[0]) if stacked else [None]
+    return [Slot(rule.theirs.replace(LAYER, str(n)), rule.ours, n, rule.transpose, part) for n in layers]
+
+
+def check_names(slots: Iterable[Slot], entries: Mapping[str, Entry], ignored: str, folder: Path) -> None:
+    """Raises ValueError unless file and model hold the same tensors in the same shapes; lists what each side lacks.
+
+    Args:
+      slots: what the model is made of.
+      entries: what the files hold.
+      ignored: regular expression of names that carry no weights.
+      folder: for the message.
+    """
+    expected = {slot.theirs: slot for slot in slots}
+    unexpected = [name for name in entries if name not in expected and not re.fullmatch(ignored, name)]
+    missing = [name for name in expected if name not in entries]
+    if unexpected or missing:
+        raise ValueError(
+            f"the weights in {folder} are not those of its config.json:\n  "
+            f"in the files, without a place in the model: {_listing(unexpected)}\n  "
+            f"in the model, not in the files: {_listing(missing)}"
+        )
+    for name, slot in expected.items():
+        entry = entries[name]
+        if entry.shape != slot.shape:
+            raise ValueError(
+                f"{entry.path}: tensor {name} has shape {list(entry.shape)}; config.json asks for {list(slot.shape)}"
+            )
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(sorted(names)) if names else "nothing"
+
+
+def read_params(
+    slots: Iterable[Slot],
+    entries: Mapping[str, Entry],
+    like: Params,
+    place: Callable[[str, np.ndarray], Any] = lambda _, array: array,
+) -> Params:
+    """Builds the parameters.
+
+    Args:
+      slots: what the model is made of; checked against ``entries``.
+      entries: what the files hold.
+      like: parameters or their shapes; the result has their dtypes.
+      place: puts a finished parameter where it belongs, given its path; the host's copy is dropped then.
+
+    Raises:
+      OSError: a file that cannot be read.
+      ValueError: numbers that are not finite, a dtype that weights do not have.
+    """
+    by_path: dict[str, list[Slot]] = {}
+    for slot in slots:
+        by_path.setdefault(slot.ours, []).append(slot)
+    leaves = named_leaves(like)
+    flat = {path: place(path, _read(by_path[path], entries, leaves[path])) for path in leaves}
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read(slots: list[Slot], entries: Mapping[str, Entry], like: Any) -> np.ndarray:
+    out = np.empty(like.shape, like.dtype)
+    for slot in slots:
+        entry = entries[slot.theirs]
+        tensor = entry.read()
+        target = out if slot.layer is None else out[slot.layer]
+        target[...] = tensor.T if slot.transpose else tensor
+        if not np.isfinite(target).all():
+            raise ValueError(f"{entry.path}: tensor {slot.theirs} has numbers that are not finite in {out.dtype}")
+    return out
+
+
+def write_params(folder: Path, slots: Iterable[Slot], params: Params, dtype: Any, shard_bytes: int) -> None:
+    """Writes parameters as safetensors under their Hugging Face names.
+
+    Args:
+      folder: where to.
+      slots: what the model is made of.
+      params: the parameters.
+      dtype: of the files.
+      shard_bytes: largest file, bytes.
+    """
+    leaves = named_leaves(params)
+    by_name = {slot.theirs: slot for slot in slots}
+    shapes = {name: slot.shape for name, slot in by_name.items()}
+    write_tensors(folder, shapes, dtype, lambda n: by_name[n].to_theirs(leaves[by_name[n].ours]), shard_bytes)
