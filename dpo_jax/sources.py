@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dpo_jax.config import DataConfig
+from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.imdb import load_reviews
+from dpo_jax.data.mixture import Mixture
 from dpo_jax.data.pipeline import Source
+from dpo_jax.data.preparation import Part, Reader, Request, parse_mixture, prepare
 from dpo_jax.data.prepared import PreparedExamples
-from dpo_jax.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_fingerprint, train_tokenizer
+from dpo_jax.data.tokenizer import (
+    load_tokenizer,
+    open_tokenizer,
+    save_tokenizer,
+    tokenizer_fingerprint,
+    train_tokenizer,
+)
 from dpo_jax.data.windows import review_windows, window_example
 from dpo_jax.rewards import Reward, held_out_accuracy, load_reward, train_reward
 
@@ -48,11 +58,54 @@ def imdb_openings(data: DataConfig) -> Dataset:
 def prepared(data: DataConfig) -> Dataset:
     """Examples that ``python -m dpo_jax.prefer`` (or anybody else) has written to ``config.data.path``."""
     if data.path is None:
-        raise ValueError("config.data.source is 'prepared' but config.data.path is not set: give the folder of the examples")
+        raise ValueError(
+            "config.data.source is 'prepared' but config.data.path is not set: give the folder of the examples"
+        )
     folder = tokenizer_folder(data)
     tokenizer, fingerprint = load_tokenizer(folder), tokenizer_fingerprint(folder)
     train, held_out = (PreparedExamples(data.path, split, fingerprint) for split in ("train", "eval"))
     return Dataset(train, held_out, train.answers, tokenizer)
+
+
+def files(data: DataConfig) -> Dataset:
+    """Local files and public sets, prepared once: what ``config.data.path`` names (see dpo_jax/data/preparation.py)."""
+    if data.path is None:
+        raise ValueError(
+            "config.data.source is 'files' but config.data.path is not set: give a file, a folder or a glob"
+        )
+    parts = parse_mixture(data.path)
+    held_out = parse_mixture(data.eval_path)[0] if data.eval_path is not None else None
+    folder = tokenizer_folder(data)
+    if data.tokenizer is None and not folder.is_dir():
+        save_tokenizer(train_tokenizer(_texts(data, parts), data.vocab_size), folder)
+    tokenizer, fingerprint = open_tokenizer(folder), tokenizer_fingerprint(folder)
+    encoder = Encoder(tokenizer, encoding_of(data))
+    prepared_parts = []
+    for part in parts:
+        request = Request(part, held_out, data.eval_share, data.on_error, data.max_skips)
+        prepared_parts.append(prepare(request, encoder, fingerprint, Path(data.dir)))
+    train = [PreparedExamples(place, "train", fingerprint) for place in prepared_parts]
+    tests = [PreparedExamples(place, "eval", fingerprint) for place in prepared_parts[: 1 if held_out else None]]
+    mixed = Mixture(train, [part.weight for part in parts])
+    return Dataset(mixed, Mixture(tests, [1.0] * len(tests)), mixed.answers, tokenizer)
+
+
+def encoding_of(data: DataConfig) -> Encoding:
+    """How records become tokens, as a config wants it."""
+    return Encoding(data.prompt_length, data.answer_length, data.template, data.turns, data.truncate, data.pairs)
+
+
+def _texts(data: DataConfig, parts: list[Part]) -> Iterator[str]:
+    """Prompts and answers to train a tokenizer on."""
+    for part in parts:
+        reader = Reader(data.on_error, data.max_skips)
+        found = reader.records(part.files("train", Path(data.dir) / "downloads"), part.parser("train"))
+        for _, record in itertools.islice(found, _TOKENIZER_RECORDS):
+            yield record.prompt_text()
+            yield from (reply.text() for reply in record.replies)
+
+
+_TOKENIZER_RECORDS = 50_000  # of each source; merges settle long before
 
 
 def imdb_tokenizer(data: DataConfig) -> Any:
@@ -76,13 +129,14 @@ def imdb_reward(data: DataConfig, name: str) -> Reward:
 
 
 def tokenizer_folder(data: DataConfig) -> Path:
-    """Where the tokenizer of a data folder lies."""
-    return Path(data.dir) / f"tokenizer-{data.vocab_size}"
+    """Where the tokenizer lies: the one that a config names, else the one of its data folder."""
+    return Path(data.tokenizer) if data.tokenizer is not None else Path(data.dir) / f"tokenizer-{data.vocab_size}"
 
 
 SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {
     "imdb_openings": imdb_openings,
     "prepared": prepared,
+    "files": files,
 }
 
 

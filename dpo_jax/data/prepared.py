@@ -97,7 +97,7 @@ def write_examples(
     name: str,
     tokenizer: str,
     to_text: Callable[[np.ndarray], str] | None = None,
-    details: Mapping[str, Any] | None = None,
+    details: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Metadata:
     """Writes examples in the order given; memory does not grow with their number.
@@ -111,7 +111,7 @@ def write_examples(
       name: name of the dataset: letters, digits and underscores.
       tokenizer: fingerprint of the tokenizer that encoded the examples.
       to_text: decodes tokens for the texts beside them; None leaves them empty.
-      details: how the examples were made; any JSON.
+      details: how the examples were made; any JSON. A function is called when all are written.
       max_shard_bytes: size past which a new file is begun, bytes.
 
     Returns:
@@ -126,8 +126,8 @@ def write_examples(
         raise ValueError(
             f"Dataset {name!r} with the splits {list(splits)}; expected one split or more, named as in code."
         )
-    details = dict(details or {})
-    json.dumps(details)  # fails before the examples are made, not after
+    if not callable(details):
+        json.dumps(dict(details or {}))  # fails before the examples are made, not after
     with folders.replaced_folder(folder, f"the prepared examples {name}") as incomplete:
         template = tfds.core.ShardedFileTemplate(data_dir=incomplete, dataset_name=name, filetype_suffix="array_record")
         infos: list[tfds.core.SplitInfo] = []
@@ -156,7 +156,7 @@ def write_examples(
                 for pattern in ("*.array_record*", "*.lengths")
                 for path in sorted(incomplete.glob(pattern))
             },
-            details=details,
+            details=dict(details() if callable(details) else details or {}),
         )
         text = json.dumps({"format": FORMAT_VERSION, **asdict(metadata)}, indent=2)
         (incomplete / METADATA_FILE).write_text(text + "\n", encoding="utf-8")

@@ -77,8 +77,27 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
         tokenizer.save_pretrained(incomplete)
 
 
+def open_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
+    """Reads any tokenizer from disk, such as that of a downloaded model; only an EOS is asked of it.
+
+    Args:
+      folder: a folder with ``tokenizer.json``.
+
+    Returns:
+      The tokenizer. It may lack BOS and PAD, or use one token for two purposes: padding is never told by its token.
+
+    Raises:
+      OSError: there is no tokenizer, or it cannot be read.
+      ValueError: the tokenizer has no EOS.
+    """
+    tokenizer = _read(Path(folder))
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"The tokenizer in {folder} has no EOS token, so no answer could end; give it one.")
+    return tokenizer
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
-    """Reads a tokenizer from disk; nothing is ever downloaded.
+    """Reads a tokenizer of ``train_tokenizer`` from disk; nothing is ever downloaded.
 
     Args:
       folder: a folder with ``tokenizer.json``, as ``save_tokenizer`` writes it.
@@ -90,12 +109,7 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
       OSError: there is no tokenizer, or it cannot be read.
       ValueError: the tokenizer lacks BOS, EOS or PAD, or two of them are the same token.
     """
-    folder = Path(folder)
-    _tokenizer_file(folder)
-    try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
-        raise OSError(f"Cannot read the tokenizer in {folder}: {error}. {_REMEDY}") from error
+    tokenizer = _read(Path(folder))
     special = {"BOS": tokenizer.bos_token_id, "EOS": tokenizer.eos_token_id, "PAD": tokenizer.pad_token_id}
     missing = [name for name, token_id in special.items() if token_id is None]
     if missing:
@@ -123,19 +137,22 @@ def tokenizer_fingerprint(folder: str | Path) -> str:
     return hashlib.sha256(_tokenizer_file(Path(folder)).read_bytes()).hexdigest()
 
 
-def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[np.ndarray]:
+def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
     """Tokens of the texts alone: no BOS, no EOS, and none out of characters that spell one.
 
     Args:
-      tokenizer: a byte-level tokenizer.
+      tokenizer: a tokenizer.
       texts: what to encode.
+      special: whether characters that spell a special token are one, as in a rendered chat template.
 
     Returns:
       int32 [n] for every text.
     """
     if not texts:
         return []
-    ids = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    ids = tokenizer(
+        list(texts), add_special_tokens=False, split_special_tokens=not special, return_attention_mask=False
+    )
     return [np.asarray(row, np.int32) for row in ids["input_ids"]]
 
 
@@ -171,6 +188,14 @@ def more_token_id(tokenizer: PreTrainedTokenizerFast) -> int:
             "use a tokenizer of `train_tokenizer`, or openings alone."
         )
     return token_id
+
+
+def _read(folder: Path) -> PreTrainedTokenizerFast:
+    _tokenizer_file(folder)
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a file that it cannot parse
+        raise OSError(f"Cannot read the tokenizer in {folder}: {error}. {_REMEDY}") from error
 
 
 def _tokenizer_file(folder: Path) -> Path:

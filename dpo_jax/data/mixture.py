@@ -1,0 +1,71 @@
+"""Several sources as one, each with a weight: how often an epoch passes over it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from dpo_jax.data.example import Example
+from dpo_jax.data.prepared import PreparedExamples
+
+_SEED = 0  # of the halves that are drawn; the order of an epoch is the pipeline's
+
+
+class Mixture:
+    """Random access to weighted sources, one after the other; the pipeline shuffles them together.
+
+    A weight of 2 gives every example twice an epoch; 0.5 gives half of them, drawn by the seed. Of the examples a b c d
+    and e f, the weights 0.5 and 2 may give ``b d e f e f``.
+
+    Args:
+      sources: prepared examples with the same number of answers.
+      weights: passes over each, > 0.
+      seed: of the examples that a fraction takes.
+
+    Attributes:
+      answers: answers of each example.
+      fingerprint: identity of the examples and their weights, hexadecimal.
+      tokenizer_fingerprint: of the tokenizer that encoded them.
+
+    Raises:
+      ValueError: the sources differ in their number of answers, or a weight leaves no example of one.
+    """
+
+    def __init__(self, sources: Sequence[PreparedExamples], weights: Sequence[float], seed: int = _SEED) -> None:
+        if len({source.answers for source in sources}) != 1:
+            counts = [source.answers for source in sources]
+            raise ValueError(f"the sources of the mixture have {counts} answers an example; mix sources of one kind")
+        self._sources = list(sources)
+        rows = [_drawn(len(s), weight, [seed, k]) for k, (s, weight) in enumerate(zip(sources, weights, strict=True))]
+        if not all(len(r) for r in rows):
+            raise ValueError(f"the weights {list(weights)} leave no example of a source; raise the smallest")
+        self._source = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
+        self._row = np.concatenate(rows)
+        self._first_uids = np.concatenate([[0], np.cumsum([len(s) for s in sources])])
+        self.answers = sources[0].answers
+        self.tokenizer_fingerprint = sources[0].tokenizer_fingerprint
+        parts = [f"{s.fingerprint} {weight!r}" for s, weight in zip(sources, weights, strict=True)]
+        self.fingerprint = hashlib.sha256("\n".join([str(seed), *parts]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def __getitem__(self, index: int) -> Example:
+        source, row = int(self._source[index]), int(self._row[index])
+        example = self._sources[source][row]
+        # Each source numbers its examples from 0.
+        return replace(example, uid=int(self._first_uids[source]) + row)
+
+    def lengths(self) -> np.ndarray:
+        """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
+        tables = [source.lengths() for source in self._sources]
+        return np.concatenate([tables[k][self._row[self._source == k]] for k in range(len(tables))])
+
+
+def _drawn(count: int, weight: float, seed: Sequence[int]) -> np.ndarray:
+    whole, part = int(weight), round((weight - int(weight)) * count)
+    extra = np.sort(np.random.default_rng(seed).permutation(count)[:part])
+    return np.concatenate([np.tile(np.arange(count), whole), extra]).astype(np.int64)
