@@ -15,9 +15,9 @@ def get_config() -> ConfigDict:
     config.data.path = "runs/imdb/preferences/examples"
     config.data.batch_size = 32
     config.init.run = "runs/imdb/sft"
-    config.optim.learning_rate = 2e-4
+    config.optim.learning_rate = 4e-4
     config.train.epochs = 1.0
-    config.eval.every = 30
+    config.eval.every = 45
     config.eval.prompts = 256
-    config.checkpoint.every = 60
+    config.checkpoint.every = 90
     return config

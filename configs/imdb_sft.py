@@ -13,10 +13,11 @@ def get_config() -> ConfigDict:
     config.data.source = "imdb_openings"
     config.data.prompt_length = 1  # the BOS
     config.data.answer_length = 63
+    # Whole openings side by side in rows without padding; small batches, since the number of updates is what is short.
+    config.data.update(layout="packed", row_length=128, batch_size=4)
     config.loss.name = "sft"
-    config.optim.learning_rate = 2e-3
-    config.optim.weight_decay = 0.1
-    config.train.epochs = 1.0
-    config.eval.every = 50
-    config.checkpoint.every = 100
+    config.optim.update(learning_rate=1e-3, b2=0.98, weight_decay=0.1, warmup_steps=60)
+    config.train.steps = 1500
+    config.eval.every = 250
+    config.checkpoint.every = 500
     return config

@@ -12,17 +12,17 @@ from ml_collections import ConfigDict
 
 def get_config(stage: str = "dpo") -> ConfigDict:
     config = importlib.import_module(f"configs.imdb_{stage}").get_config()
-    config.data.update(vocab_size=512, batch_size=32)
+    config.data.vocab_size = 2048
     config.data.answer_length = 32 - config.data.prompt_length
     config.model.update(context_length=32, width=64, layers=2, heads=2, mlp_width=128, unroll=2)
-    config.eval.update(every=1000, examples=64)
-    config.prefer.update(prompts=120, eval_prompts=32, batch_size=240)
+    config.eval.update(every=1000, examples=128)
+    config.prefer.update(prompts=250, eval_prompts=256, batch_size=500)
     config.checkpoint.every = 1000
     if stage == "sft":
-        config.optim.learning_rate = 5e-3
-        config.train.epochs, config.train.steps = None, 250
+        config.train.steps = 400
+        config.optim.learning_rate = 4e-3
     if stage == "dpo":
-        config.eval.prompts = 128
-        config.optim.learning_rate = 1e-3
+        config.eval.prompts = 256
+        config.optim.learning_rate = 2e-3
         config.train.epochs = 2.0
     return config
