@@ -43,7 +43,7 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
     longest = config.data.prompt_length + config.data.answer_length
     if vocab_size > sizes["vocab_size"] or longest > sizes["context_length"]:
         raise ValueError(
-            f"config.init.hf {config.init.hf} has {sizes['vocab_size']} tokens and {sizes['context_length']} positions; "
+            f"config.init.hf {config.init.hf} has {sizes['vocab_size']} tokens, {sizes['context_length']} positions; "
             f"the tokenizer has {vocab_size} tokens and sequences have up to {longest} (config.data.prompt_length + "
             "config.data.answer_length): set config.data.tokenizer to the model's folder, or shorten the sequences"
         )
