@@ -43,11 +43,15 @@ def get_config() -> ConfigDict:
                 "layers": 4,
                 "heads": 6,
                 "mlp_width": 768,
-                "dtype": "float32",  # of activations and products; parameters and log-probabilities are float32
+                "dtype": "float32",  # of activations and products; log-probabilities are always float32
+                "param_dtype": "float32",  # of parameters and the optimizer's state
+                "output_dtype": placeholder(str),  # of the product with the head; None is dtype
+                "remat": "none",  # what layers keep for the backward pass: all (none), products (dots), inputs (full)
                 "unroll": 4,  # layers compiled side by side; must divide layers
             },
             "init": {
                 "run": placeholder(str),  # workdir of the run whose policy this one starts from; None is random
+                "hf": placeholder(str),  # folder or hub id of a Hugging Face model: its family, sizes and weights
             },
             "loss": {
                 "name": "dpo",  # a loss, or a sum such as dpo + 0.5*sft; python -m dpo_jax.losses lists them
@@ -90,6 +94,7 @@ def get_config() -> ConfigDict:
                 "micro_batches": 1,  # parts of a batch whose gradients are added up
                 "head_chunk": 2048,  # targets whose logits exist at a time
                 "log_every": 10,  # steps
+                "max_skipped": 0,  # steps that may be left out because they are not finite; one more stops the run
             },
             "eval": {
                 "every": 50,  # steps; also before the first and after the last
@@ -100,7 +105,11 @@ def get_config() -> ConfigDict:
             },
             "checkpoint": {
                 "every": 100,  # steps
-                "keep": 2,  # newest checkpoints
+                "keep": 2,  # newest checkpoints; None keeps all
+                "keep_every": placeholder(int),  # steps: those of its multiples stay too; None is no such rule
+                "keep_best": placeholder(str),  # a metric, such as eval/loss: that with its best value stays too
+                "best": "min",  # which value of keep_best is the best: min or max
+                "on_damage": "fall_back",  # to the newest whole checkpoint; or stop
             },
             "parallel": {
                 "devices": placeholder(int),  # how many to use; None is all

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from dpo_jax.data.layouts import LAYOUTS
 from dpo_jax.losses.objective import Objective, make_objective
 from dpo_jax.models import FAMILIES
+from dpo_jax.models.config import REMAT
 from dpo_jax.optim import SCHEDULES
+from dpo_jax.rewards import REWARDS
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,16 @@ class ModelConfig:
     heads: int
     mlp_width: int
     dtype: str
+    param_dtype: str
+    output_dtype: str | None
+    remat: str
     unroll: int
 
 
 @dataclass(frozen=True)
 class InitConfig:
     run: str | None
+    hf: str | None
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,7 @@ class RunConfig:
     micro_batches: int
     head_chunk: int
     log_every: int
+    max_skipped: int
 
 
 @dataclass(frozen=True)
@@ -108,6 +117,10 @@ class EvalConfig:
 class CheckpointConfig:
     every: int
     keep: int | None
+    keep_every: int | None
+    keep_best: str | None
+    best: str
+    on_damage: str
 
 
 @dataclass(frozen=True)
@@ -147,9 +160,7 @@ class Config:
     def objective(self) -> tuple[Objective, dict[str, float]]:
         """The losses with what they need, and their numbers."""
         loss = self.loss
-        return make_objective(
-            loss.name, loss.hyper, reduction=loss.reduction, divergence=loss.divergence, wpo=loss.wpo
-        )
+        return make_objective(loss.name, loss.hyper, reduction=loss.reduction, divergence=loss.divergence, wpo=loss.wpo)
 
 
 def from_config_dict(config: ConfigDict) -> Config:
@@ -159,6 +170,19 @@ def from_config_dict(config: ConfigDict) -> Config:
       ValueError: a missing or unknown key, a value of the wrong type or out of range, an unknown name.
     """
     built = _build(Config, config.to_dict(), "config")
+    _check(built)
+    return built
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """A config from what ``to_json`` wrote, checked.
+
+    Raises:
+      ValueError: as of :func:`from_config_dict`.
+    """
+    loss = dict(values["loss"])
+    hyper = loss.pop("hyper")
+    built = _build(Config, {**values, "loss": {**loss, **hyper}}, "config")
     _check(built)
     return built
 
@@ -214,23 +238,31 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _check(c: Config) -> None:
-    _check_positive(c)
+    _check_ranges(c)
     for path, value, known in (
         ("model.family", c.model.family, FAMILIES),
-        ("optim.schedule", c.optim.schedule, SCHEDULES),
         ("model.dtype", c.model.dtype, ("float32", "bfloat16")),
+        ("model.param_dtype", c.model.param_dtype, ("float32", "bfloat16")),
+        ("model.output_dtype", c.model.output_dtype, (None, "float32", "bfloat16")),
+        ("model.remat", c.model.remat, REMAT),
+        ("data.layout", c.data.layout, LAYOUTS),
+        ("optim.schedule", c.optim.schedule, SCHEDULES),
+        ("checkpoint.best", c.checkpoint.best, ("min", "max")),
+        ("checkpoint.on_damage", c.checkpoint.on_damage, ("fall_back", "stop")),
+        ("eval.reward", c.eval.reward, REWARDS),
+        ("prefer.reward", c.prefer.reward, REWARDS),
     ):
         if value not in known:
-            raise ValueError(f"config.{path} is {value!r}; known: {', '.join(known)}")
+            raise ValueError(f"config.{path} is {value!r}; known: {', '.join(map(str, known))}")
     if (c.train.steps is None) == (c.train.epochs is None):
         raise ValueError("set exactly one of config.train.steps and config.train.epochs")
     if c.model.layers % c.model.unroll or c.model.width % c.model.heads:
         raise ValueError(
-            f"config.model: unroll {c.model.unroll} must divide layers {c.model.layers}, and heads {c.model.heads} must "
-            f"divide width {c.model.width}"
+            f"config.model: unroll {c.model.unroll} must divide layers {c.model.layers}, and heads {c.model.heads} "
+            f"must divide width {c.model.width}"
         )
     longest = c.data.prompt_length + c.data.answer_length
-    if longest > c.model.context_length:
+    if c.init.hf is None and longest > c.model.context_length:
         raise ValueError(
             f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
             f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"
@@ -238,14 +270,38 @@ def _check(c: Config) -> None:
     c.objective()
 
 
-def _check_positive(c: Config) -> None:
-    free = {"warmup_steps", "weight_decay", "examples", "prompts", "eval_prompts", "b1", "b2", "label_smoothing", "seed"}
-    for section, values in dataclasses.asdict(c).items():
-        if not isinstance(values, dict) or section == "loss":
-            continue
-        for key, value in values.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                continue
-            if value < 0 or (value == 0 and key not in free):
-                expected = "0 or more" if key in free else "more than 0"
-                raise ValueError(f"config.{section}.{key} is {value}; expected {expected}")
+# Numbers that may be 0; all others are above it.
+_MAY_BE_ZERO = {
+    "seed",
+    "optim.warmup_steps",
+    "optim.weight_decay",
+    "optim.b1",
+    "optim.b2",
+    "eval.examples",
+    "eval.prompts",
+    "prefer.eval_prompts",
+    "train.max_skipped",
+}
+# Shares: (the largest value, whether it is allowed).
+_AT_MOST = {"optim.b1": (1.0, False), "optim.b2": (1.0, False), "reference.sync_rate": (1.0, True)}
+
+
+def _check_ranges(c: Config) -> None:
+    """Checks every number but the losses' own, whose ranges are their business."""
+    for path, value in _numbers(dataclasses.asdict(c)):
+        most, closed = _AT_MOST.get(path, (math.inf, False))
+        low = value >= 0 if path in _MAY_BE_ZERO else value > 0
+        high = value <= most if closed else value < most
+        if not (low and high):
+            least = "0 or more" if path in _MAY_BE_ZERO else "more than 0"
+            bound = "" if most == math.inf else f" and {'at most' if closed else 'below'} {most:g}"
+            raise ValueError(f"config.{path} is {value}; expected {least}{bound}")
+
+
+def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, int | float]]:
+    for key, value in values.items():
+        name = f"{path}.{key}" if path else key
+        if isinstance(value, Mapping) and name != "loss":
+            yield from _numbers(value, name)
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield name, value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging as std_logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,61 @@ from ml_collections import config_flags
 
 from dpo_jax.config import Config, from_config_dict
 
+_KEYS = """Any key of the config can be changed: --config.loss.name=ipo --config.optim.learning_rate=1e-4.
+configs/base.py lists all keys with their defaults and units; `python -m dpo_jax.losses` lists the losses.
+The same command continues a run that was interrupted. Exit codes: 0 finished, 1 an error that needs you, 2 a wrong
+command line, 75 stopped by SIGTERM or Ctrl-C with all saved (twice: at once)."""
 
-def main(purpose: str, program: Callable[[Config, Path], Any]) -> None:
+
+def main(
+    purpose: str,
+    program: Callable[[Config, Path], Any],
+    example: str,
+    tools: Mapping[str, tuple[str, Callable[[Path], Any]]] | None = None,
+) -> None:
     """Parses the command line and runs a program of (config, workdir).
 
     Args:
       purpose: what the program does; ``--help`` says it.
       program: the program.
+      example: a command that runs it.
+      tools: what the program can do instead with one path: flag → (its help, the function).
     """
+    tools = tools or {}
     config = config_flags.DEFINE_config_file("config", None, "file of the experiment, such as configs/imdb_dpo.py")
     workdir = flags.DEFINE_string("workdir", None, "folder of this run: made when new, continued when not")
-    flags.mark_flags_as_required(["config", "workdir"])
+    paths = {name: flags.DEFINE_string(name, None, text) for name, (text, _) in tools.items()}
 
     def start(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
         with user_errors():
-            program(from_config_dict(config.value), Path(workdir.value))
+            chosen = [name for name, flag in paths.items() if flag.value is not None]
+            if chosen:
+                tools[chosen[0]][1](Path(paths[chosen[0]].value or ""))
+            elif config.value is None or workdir.value is None:
+                raise app.UsageError(f"--config and --workdir are needed, such as {example}")
+            else:
+                program(from_config_dict(config.value), Path(workdir.value))
 
-    sys.modules["__main__"].__doc__ = f"{purpose}\n\nAny key of the config can be changed: --config.loss.name=ipo"
-    app.run(start)
+    sys.modules["__main__"].__doc__ = f"{purpose}\n\n  {example}\n\n{_KEYS}"
+    app.run(start, flags_parser=_parse)
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses flags; a wrong key or value is the user's mistake, and is told in one line."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        _refuse(str(error))
+    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # of the config file and its overrides
+        _refuse(f"--config: {error.args[0] if isinstance(error, KeyError) and error.args else error}")
+    return []
+
+
+def _refuse(message: str) -> None:
+    print(f"error: {message}\nPass --help for the flags; configs/base.py has every key.", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextlib.contextmanager

@@ -5,147 +5,71 @@ The same command continues a run that was interrupted, and says so when the run 
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
-from dpo_jax import metrics as metrics_lib
-from dpo_jax import sources
-from dpo_jax.checkpoint import Checkpoints, load_params
-from dpo_jax.config import Config, differences, to_json
-from dpo_jax.data.layouts import Shape
-from dpo_jax.data.pipeline import Pipeline
+from dpo_jax import reproducer, sources, workdir
+from dpo_jax.build import (
+    build,
+    check_examples,
+    fresh_state,
+    guarded,
+    guarded_step,
+    make_pipeline,
+    state_shapes,
+)
+from dpo_jax.checkpoint import Checkpoints, Retention
+from dpo_jax.config import Config
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
-from dpo_jax.losses.objective import Objective, check_data
-from dpo_jax.models import init_params, make_model
-from dpo_jax.optim import make_optimizer
+from dpo_jax.guards import Guarded, Watch
+from dpo_jax.integrity import hash_tree
+from dpo_jax.logbook import Logbook
 from dpo_jax.parallel import DataParallel, check_divides
 from dpo_jax.progress import Progress, duration
-from dpo_jax.steps import Hyper, StepConfig, TrainState, init_state, make_eval_step, make_train_step
+from dpo_jax.start import start_params
+from dpo_jax.steps import Hyper, TrainState, make_eval_step
+from dpo_jax.stopping import Stopped, StopRequest
 from dpo_jax.trees import parameter_count
 from dpo_jax.types import Params
-from dpo_jax.writers import Writer, make_writer
-
-CONFIG_FILE, SUMMARY_FILE = "config.json", "summary.json"
+from dpo_jax.writers import make_writer
 
 
-@dataclass(frozen=True)
-class Parts:
-    """What a config stands for, built: everything but the data and the parameters."""
-
-    model: nn.Module
-    objective: Objective
-    hyper: Hyper
-    optimizer: optax.GradientTransformation
-    shape: Shape
-
-
-def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
-    """Builds the parts of a run.
-
-    Args:
-      config: the experiment.
-      vocab_size: V of the tokenizer.
-      answers: A of the data.
-
-    Raises:
-      ValueError: a paired loss on data with one answer a prompt.
-    """
-    objective, numbers = config.objective()
-    check_data(objective, answers)
-    fields = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(config.model)}
-    fields |= {"dtype": jnp.dtype(config.model.dtype), "vocab_size": vocab_size}
-    family = fields.pop("family")
-    optim = config.optim
-    return Parts(
-        model=make_model(family, fields),
-        objective=objective,
-        hyper=Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(optim.learning_rate)),
-        optimizer=make_optimizer(
-            b1=optim.b1,
-            b2=optim.b2,
-            epsilon=optim.epsilon,
-            weight_decay=optim.weight_decay,
-            clip_norm=optim.clip_norm,
-        ),
-        shape=Shape(answers, config.data.prompt_length, config.data.answer_length, objective.needs_prompt),
-    )
-
-
-def step_config(config: Config, answers: int, steps: int) -> StepConfig:
-    """What the train step of a config compiles in."""
-    return StepConfig(
-        answers=answers,
-        schedule=config.optim.schedule,
-        warmup=config.optim.warmup_steps,
-        steps=steps,
-        head_chunk=config.train.head_chunk,
-        reference_sync_every=config.reference.sync_every,
-        reference_sync_rate=config.reference.sync_rate,
-    )
-
-
-def run(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
+def run(config: Config, folder: str | os.PathLike[str]) -> dict[str, float]:
     """Trains until the config's last step, continuing from the newest checkpoint where there is one.
 
     Args:
       config: the experiment.
-      workdir: folder of this run.
+      folder: workdir of this run.
 
     Returns:
       The last numbers of every metric.
 
     Raises:
-      ValueError: bad config or data, a workdir of another config, a checkpoint of another model.
-      OSError: the workdir cannot be written.
-      FloatingPointError: the loss is not finite.
+      ValueError: bad config or data, a workdir of another config, a checkpoint of another run.
+      OSError: the workdir cannot be written, another process works in it, or no checkpoint in it is whole.
+      FloatingPointError: more steps than allowed were not finite.
+      Stopped: a signal asked to stop; all is saved.
     """
-    workdir = Path(workdir)
-    claim(workdir, config)
-    if (workdir / SUMMARY_FILE).is_file():
-        logging.info("%s is finished; remove it, or choose another --workdir, to train anew.", workdir)
-        return json.loads((workdir / SUMMARY_FILE).read_text())
-    begin = time.monotonic()
-    trainer = Trainer(config, workdir)
-    summary = trainer.train()
-    _write_atomically(workdir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
-    logging.info("finished in %s; results in %s", duration(time.monotonic() - begin), workdir)
-    return summary
-
-
-def claim(workdir: Path, config: Config) -> None:
-    """Makes a workdir a config's own.
-
-    Raises:
-      ValueError: it belongs to another config; the keys that differ are listed.
-      OSError: it cannot be written.
-    """
-    path = workdir / CONFIG_FILE
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            _write_atomically(path, to_json(config))
-    except OSError as error:
-        raise OSError(f"cannot write to the workdir {workdir}: {error}; make it writable or choose another") from error
-    lines = differences(json.loads(to_json(config)), json.loads(path.read_text()))
-    if lines:
-        raise ValueError(
-            "\n  ".join([f"the workdir {workdir} belongs to another config:", *lines])
-            + "\nchoose another --workdir, or remove that one to start anew"
-        )
+    if "://" in str(folder):
+        raise ValueError(f"the workdir must be a local folder, got {folder}; mount the bucket and give its path")
+    folder = Path(folder)
+    with workdir.owned(folder, config), StopRequest() as stop:
+        summary = workdir.finished(folder)
+        if summary is not None:
+            logging.info("%s is finished; remove it, or choose another --workdir, to train anew.", folder)
+            return summary
+        begin = time.monotonic()
+        summary = Trainer(config, folder).train(stop)
+        workdir.finish(folder, summary)
+        logging.info("finished in %s; results in %s", duration(time.monotonic() - begin), folder)
+        return summary
 
 
 class Trainer:
@@ -155,109 +79,187 @@ class Trainer:
       parallel: the devices, with the counts of traces.
     """
 
-    def __init__(self, config: Config, workdir: Path) -> None:
-        self.config, self.workdir = config, workdir
+    def __init__(self, config: Config, folder: Path) -> None:
+        self.config, self.workdir = config, folder
         self.parallel = DataParallel(_devices(config))
         check_divides(config.data.batch_size, config.train.micro_batches, len(self.parallel.devices))
         self.data = sources.open_dataset(config.data)
         self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
-        self.pipeline = self._pipeline(self.data.train)
+        for source in (self.data.train, self.data.held_out):
+            check_examples(source, self.parts.shape, len(self.data.tokenizer))
+        self.pipeline = make_pipeline(config, self.parts, self.data.train)
         self.steps = self._step_count()
-        settings = step_config(config, self.data.answers, self.steps)
-        parts, axis = self.parts, self.parallel.axis
-        self._train_step = self.parallel.train_step(
-            make_train_step(parts.model, parts.objective, parts.optimizer, settings, axis)
-        )
+        self._train_step = self.parallel.train_step(guarded_step(config, self.parts, self.steps, self.parallel.axis))
+        self._identity = workdir.identity(config, self.data)
+        self._start_hash: str | None = None  # of the parameters that training starts from
+        self._reference_hash: str | None = None
 
-    def train(self) -> dict[str, float]:
+    def train(self, stop: StopRequest) -> dict[str, float]:
         """The loop. Returns the last numbers of every metric."""
-        with Checkpoints(self.workdir, self.config.checkpoint.keep) as checkpoints:
-            state, tokens, start = self._restore_or_init(checkpoints)
-            self._announce(state, start)
-            evaluators = self._evaluators(start)
+        settings = self.config.checkpoint
+        retention = Retention(settings.keep, settings.keep_every, settings.best if settings.keep_best else None)
+        with Checkpoints(self.workdir, retention) as checkpoints:
+            state, memory = self._restore_or_init(checkpoints)
+            start = int(state.step)
             with make_writer(self.workdir, start or None, jax.process_index()) as writer:
-                return self._loop(state, tokens, start, checkpoints, writer, evaluators)
+                log = self._logbook(writer, checkpoints)
+                if memory is not None:
+                    log.remember(memory)
+                if start < self.steps:
+                    self._announce(state, start)
+                    self._loop(state, log, checkpoints, stop)
+            return log.latest
 
-    def _loop(
-        self,
-        state: TrainState,
-        tokens: float,
-        start: int,
-        checkpoints: Checkpoints,
-        writer: Writer,
-        evaluators: Mapping[str, Evaluator],
-    ) -> dict[str, float]:
-        every = self.config
+    def _loop(self, state: TrainState, log: Logbook, checkpoints: Checkpoints, stop: StopRequest) -> None:
+        start = int(state.step)
+        evaluators = self._evaluators()
         hyper = self.parallel.replicate(self.parts.hyper)
-        state = self.parallel.replicate(state)
-        log = _Log(self, writer, tokens, start)
+        carry = self.parallel.replicate(guarded(state, log.skipped))
         if start == 0:
-            log.evaluate(evaluators, state, hyper, 0)
+            self._evaluate(evaluators, log, carry, hyper, 0)
         batches = self.pipeline.train_batches(start)
         with Progress(self.steps, self.config.loss.name, start=start, process_index=jax.process_index()) as progress:
             for step in range(start + 1, self.steps + 1):
                 batch = self.parallel.shard(next(batches), self.config.train.micro_batches)
-                state, metrics = self._train_step(state, batch, hyper)
-                log.add(step, metrics, progress)
-                last = step == self.steps
-                if step % every.eval.every == 0 or last:
-                    log.fetch(progress)
-                    log.evaluate(evaluators, state, hyper, step)
-                if step % every.checkpoint.every == 0 or last:
-                    log.fetch(progress)
-                    self._save(checkpoints, step, state, log.tokens, writer)
-        log.finish()
-        return log.latest
+                carry, metrics = self._train_step(carry, batch, hyper)
+                self._look(step - 1, log.add(step, metrics), log, carry, progress)
+                last, stopping = step == self.steps, stop.agreed()
+                evaluates = step % self.config.eval.every == 0 or last
+                saves = step % self.config.checkpoint.every == 0 or last or stopping
+                if evaluates or saves:
+                    self._look(step, log.flush(), log, carry, progress)
+                if evaluates:
+                    self._evaluate(evaluators, log, carry, hyper, step)
+                if saves:
+                    self._save(checkpoints, step, carry, log)
+                if stopping and not last:
+                    checkpoints.wait()
+                    logging.warning("Stopped after step %d of %d; the same command goes on.", step, self.steps)
+                    raise Stopped()
+        log.report()
+        checkpoints.wait()
 
-    def _save(self, checkpoints: Checkpoints, step: int, state: TrainState, tokens: float, writer: Writer) -> None:
-        writer.flush()
-        checkpoints.save(step, self.parallel.unreplicate(state), {"tokens": tokens, "config": json.loads(to_json(self.config))})
+    def _look(self, step: int, numbers: Mapping[str, float], log: Logbook, carry: Guarded, progress: Progress) -> None:
+        """Shows the numbers of a step, and stops the run when too many steps were not finite."""
+        if not numbers:
+            return
+        if np.isfinite(numbers["loss"]):
+            progress.update(loss=numbers["loss"])
+            return
+        if log.skipped > self.config.train.max_skipped:
+            raise self._not_finite(step, self.parallel.unreplicate(carry.state))
+        progress.update()
+        logging.warning("Step %d is not finite and was left out, the %d. of this run.", step, log.skipped)
 
-    def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, float, int]:
-        step = checkpoints.latest_step()
-        if step is None:
-            params = self._first_params()
-            # A copy: the policy's buffers are reused by every step, the reference's stay.
-            reference = jax.tree.map(np.array, params)
-            return init_state(self.parts.objective, self.parts.optimizer, params, reference), 0.0, 0
-        like = jax.eval_shape(
-            lambda p: init_state(self.parts.objective, self.parts.optimizer, p, p), self._param_shapes()
+    def _not_finite(self, step: int, state: TrainState) -> FloatingPointError:
+        case = reproducer.Case(
+            self.config,
+            state,
+            self.pipeline.batch(step - 1),
+            len(self.data.tokenizer),
+            self.data.answers,
+            self.steps,
         )
-        state, meta = checkpoints.restore(step, like)
-        return state, float(meta["tokens"]), step
+        finding = reproducer.examine(case) or "none when it is run again"
+        where = reproducer.save(self.workdir, case)
+        allowed = self.config.train.max_skipped
+        left_out = f" {allowed} steps before it were left out (config.train.max_skipped)." if allowed else ""
+        return FloatingPointError(
+            f"step {step} is not finite; the first tensor that is not: {finding}.{left_out} The state before it and "
+            f"its batch are in {where}; run it again with\n  python -m dpo_jax.train --replay={where}\n"
+            "Lower config.optim.learning_rate, set config.optim.clip_norm or mend the data, in a new --workdir"
+        )
 
-    def _first_params(self) -> Params:
-        if self.config.init.run is not None:
-            return load_params(Path(self.config.init.run), self._param_shapes())
-        return init_params(self.parts.model, jax.random.key(self.config.seed))
+    def _evaluate(
+        self, evaluators: Mapping[str, Evaluator], log: Logbook, carry: Guarded, hyper: Hyper, step: int
+    ) -> None:
+        with log.paused():
+            for prefix, evaluator in evaluators.items():
+                log.evaluate(prefix, step, dict(evaluator(carry.state, hyper, step)))
 
-    def _param_shapes(self) -> Params:
-        return jax.eval_shape(lambda: init_params(self.parts.model, jax.random.key(0)))
+    def _save(self, checkpoints: Checkpoints, step: int, carry: Guarded, log: Logbook) -> None:
+        state = self.parallel.unreplicate(carry.state)
+        self._check_reference(state, checkpoints)
+        log.sync()
+        meta = {
+            "identity": self._identity,
+            "start": self._start_hash,
+            "reference": self._reference_hash,
+            "memory": log.memory(),
+        }
+        best = self.config.checkpoint.keep_best
+        if best is not None and best not in log.latest:
+            known = ", ".join(sorted(log.latest))
+            raise ValueError(
+                f"config.checkpoint.keep_best is {best!r}, which this run does not measure; it has {known}"
+            )
+        checkpoints.save(step, state, meta, None if best is None else log.latest[best])
 
-    def _pipeline(self, source: sources.Source) -> Pipeline:
-        return Pipeline(
-            source,
-            self.parts.shape,
-            layout=self.config.data.layout,
-            batch_size=self.config.data.batch_size,
-            seed=self.config.seed,
-            mismatched=self.parts.objective.needs_mismatched,
+    def _check_reference(self, state: TrainState, checkpoints: Checkpoints) -> None:
+        """A reference that is not to move has not moved."""
+        found = None if state.reference is None else hash_tree(state.reference)
+        moves = self.config.reference.sync_every is not None
+        if not moves and found != self._reference_hash:
+            raise ValueError(
+                f"the reference at step {int(state.step)} is not the one that the run began with: its hash is {found}, "
+                f"expected {self._reference_hash}. Memory or code is at fault; nothing was saved, and the run goes on "
+                f"from the checkpoint of step {checkpoints.latest_step()}"
+            )
+
+    def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
+        restored = checkpoints.restore_newest(
+            state_shapes(self.parts),
+            lambda meta: workdir.check_identity(meta["identity"], self._identity, checkpoints.folder),
+            stop_at_damage=self.config.checkpoint.on_damage == "stop",
+        )
+        if restored is None:
+            params = self._start_params()
+            state = fresh_state(self.parts, params)
+            self._reference_hash = None if state.reference is None else hash_tree(state.reference)
+            return state, None
+        state, meta = restored
+        self._start_hash, self._reference_hash = meta["start"], meta["reference"]
+        self._check_reference(state, checkpoints)
+        return state, meta["memory"]
+
+    def _start_params(self) -> Params:
+        """The parameters that training starts from; the same ones when the run continues."""
+        init = self.config.init.run or self.config.init.hf
+        params = start_params(self.config, self.parts.model)
+        found = hash_tree(params)
+        if found != (self._start_hash or found):
+            raise ValueError(
+                f"{init} (config.init) holds other parameters than when this run began (hash {found}, expected "
+                f"{self._start_hash}); bring them back, or choose another --workdir to start from the new ones"
+            )
+        self._start_hash = found
+        return params
+
+    def _logbook(self, writer: Any, checkpoints: Checkpoints) -> Logbook:
+        return Logbook(
+            writer,
+            self.parallel.unreplicate,
+            every=self.config.train.log_every,
+            last=self.steps,
+            examples=self.config.data.batch_size,
+            watch=Watch(self.parts.objective.needs_reference, self.config.optim.warmup_steps),
+            durations=lambda: {"checkpoint_blocked_seconds": checkpoints.blocked},
         )
 
     def _step_count(self) -> int:
         if self.config.train.steps is not None:
             return self.config.train.steps
-        return max(1, round(self.config.train.epochs * len(self.data.train) / self.config.data.batch_size))
+        return max(1, round((self.config.train.epochs or 0) * len(self.data.train) / self.config.data.batch_size))
 
-    def _evaluators(self, start: int) -> dict[str, Evaluator]:
+    def _evaluators(self) -> dict[str, Evaluator]:
         evaluators: dict[str, Evaluator] = {}
         settings, parts = self.config.eval, self.parts
         if settings.examples:
             step = make_eval_step(
                 parts.model, parts.objective, self.data.answers, self.config.train.head_chunk, self.parallel.axis
             )
-            held_out = _Head(self.data.held_out, settings.examples)
-            evaluators["eval"] = HeldOutLoss(self._pipeline(held_out), self.parallel.eval_step(step), self.parallel)
+            held_out = make_pipeline(self.config, parts, _Head(self.data.held_out, settings.examples))
+            evaluators["eval"] = HeldOutLoss(held_out, self.parallel.eval_step(step), self.parallel)
         if settings.prompts:
             evaluators["samples"] = self._sampled_answers()
         return evaluators
@@ -277,7 +279,7 @@ class Trainer:
         return SampledAnswers(
             completer,
             prompts,
-            self.parallel.replicate(self._first_params()),
+            self.parallel.replicate(self._start_params()),
             sources.imdb_reward(self.config.data, settings.reward),
             self.workdir / "samples",
             seed=self.config.seed,
@@ -295,100 +297,6 @@ class Trainer:
             len(self.parallel.devices),
             f"; continues after step {start}" if start else "",
         )
-
-
-class _Log:
-    """Metrics on their way to the writer: fetched one step late, so that the devices never wait for the host."""
-
-    def __init__(self, trainer: Trainer, writer: Writer, tokens: float, start: int) -> None:
-        self._trainer, self._writer, self.tokens = trainer, writer, tokens
-        self._pending: tuple[int, Any] | None = None
-        self._window: Any = None
-        self.latest: dict[str, float] = {}
-        self._clock = _Clock()
-        self._start = start
-
-    def add(self, step: int, metrics: Any, progress: Progress) -> None:
-        self.fetch(progress)
-        self._pending = step, metrics
-
-    def fetch(self, progress: Progress) -> None:
-        """Waits for the step before, checks its loss, and writes when a line is due."""
-        if self._pending is None:
-            return
-        step, metrics = self._pending
-        self._pending = None
-        metrics = self._trainer.parallel.unreplicate(metrics)
-        loss = metrics["loss"].compute()
-        if not math.isfinite(loss):
-            raise FloatingPointError(
-                f"the loss of step {step} is {loss}; the last checkpoint is from before it. Lower optim.learning_rate, or look "
-                f"at the batch of seed {self._trainer.config.seed}, step {step - 1}"
-            )
-        answers = metrics["tokens"].compute()
-        self.tokens += answers
-        self._clock.count(answers, self._trainer.config.data.batch_size)
-        self._window = metrics if self._window is None else metrics_lib.merge(self._window, metrics)
-        progress.update(loss=loss)
-        if step % self._trainer.config.train.log_every == 0 or step == self._trainer.steps:
-            numbers = metrics_lib.compute({k: v for k, v in self._window.items() if k != "tokens"})
-            self._write(step, {**numbers, "tokens": self.tokens}, "train")
-            self._writer.write_timings(step, self._clock.rates())
-            self._window = None
-
-    def evaluate(self, evaluators: Mapping[str, Evaluator], state: TrainState, hyper: Hyper, step: int) -> None:
-        with self._clock.stopped():
-            for prefix, evaluator in evaluators.items():
-                self._write(step, dict(evaluator(state, hyper, step)), prefix)
-
-    def finish(self) -> None:
-        for name, rate in self._clock.rates().items():
-            logging.info("%s: %.0f", name.replace("_", " "), rate)
-
-    def _write(self, step: int, numbers: Mapping[str, float], prefix: str) -> None:
-        self._writer.write(step, numbers, prefix)
-        self.latest |= {f"{prefix}/{name}": value for name, value in numbers.items()} | {"step": step}
-
-
-class _Clock:
-    """Rates over the time spent training: without compilation (the first step) and without evaluation."""
-
-    def __init__(self) -> None:
-        self._tokens = self._examples = 0.0
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def count(self, tokens: float, examples: int) -> None:
-        now = time.monotonic()
-        if self._since is not None:
-            self._seconds += now - self._since
-            self._tokens, self._examples = self._tokens + tokens, self._examples + examples
-        self._since = now
-
-    def stopped(self) -> _Stopped:
-        return _Stopped(self)
-
-    def restart(self) -> None:
-        if self._since is not None:
-            self._since = time.monotonic()
-
-    def rates(self) -> dict[str, float]:
-        if not self._seconds:
-            return {}
-        return {
-            "tokens_per_second": self._tokens / self._seconds,
-            "examples_per_second": self._examples / self._seconds,
-        }
-
-
-@dataclass(frozen=True)
-class _Stopped:
-    clock: _Clock
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.restart()
 
 
 class _Head:
@@ -422,13 +330,17 @@ def _devices(config: Config) -> list[jax.Device]:
     return devices[:wanted]
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
-
-
 if __name__ == "__main__":
     from dpo_jax.main import main
 
-    main("Trains one run: supervised fine-tuning or any preference loss.", run)
+    main(
+        "Trains one run: supervised fine-tuning or any preference loss.",
+        run,
+        "python -m dpo_jax.train --config=configs/imdb_dpo.py --workdir=runs/imdb/dpo",
+        {
+            "replay": (
+                "runs a step again that was not finite: a folder such as WORKDIR/not_finite/step_000123",
+                reproducer.replay,
+            )
+        },
+    )

@@ -1,0 +1,153 @@
+"""From a config to the parts that it stands for: model, objective, optimizer, steps and batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dpo_jax.config import Config
+from dpo_jax.data.layouts import Shape
+from dpo_jax.data.pipeline import Pipeline, Source
+from dpo_jax.guards import Guarded, guard
+from dpo_jax.losses.objective import Objective, check_data
+from dpo_jax.models import init_params
+from dpo_jax.optim import make_optimizer
+from dpo_jax.start import make_start_model
+from dpo_jax.steps import Axis, Hyper, Scorer, StepConfig, TrainState, init_state, make_train_step
+from dpo_jax.types import Params
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a config stands for, built: everything but the data and the parameters."""
+
+    model: nn.Module
+    objective: Objective
+    hyper: Hyper
+    optimizer: optax.GradientTransformation
+    shape: Shape
+
+
+def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
+    """Builds the parts of a run.
+
+    Args:
+      config: the experiment.
+      vocab_size: V of the tokenizer.
+      answers: A of the data.
+
+    Raises:
+      ValueError: a paired loss on data with one answer a prompt.
+    """
+    objective, numbers = config.objective()
+    check_data(objective, answers)
+    optim = config.optim
+    return Parts(
+        model=make_start_model(config, vocab_size),
+        objective=objective,
+        hyper=Hyper(
+            {k: np.asarray(v, np.float32) for k, v in numbers.items()}, np.asarray(optim.learning_rate, np.float32)
+        ),
+        optimizer=make_optimizer(
+            b1=optim.b1,
+            b2=optim.b2,
+            epsilon=optim.epsilon,
+            weight_decay=optim.weight_decay,
+            clip_norm=optim.clip_norm,
+        ),
+        shape=Shape(
+            answers,
+            config.data.prompt_length,
+            config.data.answer_length,
+            objective.needs_prompt,
+            config.data.row_length,
+            config.data.row_examples,
+        ),
+    )
+
+
+def step_config(config: Config, answers: int, steps: int) -> StepConfig:
+    """What the train step of a config compiles in."""
+    return StepConfig(
+        answers=answers,
+        schedule=config.optim.schedule,
+        warmup=config.optim.warmup_steps,
+        steps=steps,
+        head_chunk=config.train.head_chunk,
+        reference_sync_every=config.reference.sync_every,
+        reference_sync_rate=config.reference.sync_rate,
+    )
+
+
+def guarded_step(config: Config, parts: Parts, steps: int, axis: Axis) -> Any:
+    """The train step of a run of ``steps`` updates, pure, with its guard."""
+    settings = step_config(config, parts.shape.answers, steps)
+    step = make_train_step(parts.model, parts.objective, parts.optimizer, settings, axis)
+    return guard(step, config.train.max_skipped)
+
+
+def scorer(config: Config, parts: Parts) -> Scorer:
+    """Scores batches as the run's step does."""
+    return Scorer(parts.model, parts.objective, parts.shape.answers, config.train.head_chunk)
+
+
+def make_pipeline(config: Config, parts: Parts, source: Source) -> Pipeline:
+    """Batches of a source, as a config wants them."""
+    return Pipeline(
+        source,
+        parts.shape,
+        layout=config.data.layout,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+        mismatched=parts.objective.needs_mismatched,
+    )
+
+
+def check_examples(source: Source, shape: Shape, vocab_size: int) -> None:
+    """Reads all examples once, so that one that does not fit is named now, and not in the middle of a run.
+
+    Raises:
+      ValueError: an example with a longer prompt or answer than the shape has room for, or a token that is none.
+    """
+    for i in range(len(source)):
+        example = source[i]
+        lengths = [len(example.prompt), *(len(answer.tokens) for answer in example.answers)]
+        if lengths[0] > shape.prompt_length or max(lengths[1:]) > shape.answer_length:
+            raise ValueError(
+                f"example {example.uid} has a prompt of {lengths[0]} tokens and answers of {lengths[1:]}; there is "
+                f"room for {shape.prompt_length} (config.data.prompt_length) and {shape.answer_length} "
+                "(config.data.answer_length): raise them, or prepare shorter examples"
+            )
+        tokens = np.concatenate([example.prompt, *(answer.tokens for answer in example.answers)])
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise ValueError(
+                f"example {example.uid} has tokens from {tokens.min()} to {tokens.max()}; the tokenizer has those "
+                f"below {vocab_size}: prepare the examples with the tokenizer of this run"
+            )
+
+
+def param_shapes(parts: Parts) -> Params:
+    """Shapes of the parameters; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
+
+
+def state_shapes(parts: Parts) -> TrainState:
+    """Shapes of the whole training state; nothing is computed."""
+    return jax.eval_shape(lambda p: init_state(parts.objective, parts.optimizer, p, p), param_shapes(parts))
+
+
+def fresh_state(parts: Parts, params: Params) -> TrainState:
+    """The state before the first step: the reference is a copy of the policy."""
+    # A copy: the policy's buffers are reused by every step, the reference's stay.
+    return init_state(parts.objective, parts.optimizer, params, jax.tree.map(np.array, params))
+
+
+def guarded(state: TrainState, skipped: int) -> Guarded:
+    """A state under the guard's eyes."""
+    return Guarded(state, jnp.int32(skipped))

@@ -1,0 +1,170 @@
+"""The numbers of a run on their way from the devices to the files, and what of them a checkpoint must remember."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from dpo_jax import metrics as metrics_lib
+from dpo_jax.guards import SKIPPED, Watch
+from dpo_jax.writers import Writer
+
+KINDS = {kind.__name__: kind for kind in (metrics_lib.Ratio, metrics_lib.Total, metrics_lib.Correlation)}
+
+
+class Logbook:
+    """Metrics of steps, fetched one step late, so that the devices never wait for the host.
+
+    Args:
+      writer: where lines go.
+      fetch: brings metrics from the devices.
+      every: steps between two lines.
+      last: the run's last step, which has a line in any case.
+      examples: in a batch.
+      watch: warns of odd numbers.
+      durations: gives seconds by name, to be written beside the rates.
+
+    Attributes:
+      latest: the last number of every metric, and its step.
+      skipped: steps that were not finite.
+    """
+
+    def __init__(
+        self,
+        writer: Writer,
+        fetch: Callable[[Any], Any],
+        *,
+        every: int,
+        last: int,
+        examples: int,
+        watch: Watch,
+        durations: Callable[[], Mapping[str, float]] = dict,
+    ) -> None:
+        self._writer, self._fetch, self._watch = writer, fetch, watch
+        self._durations = durations
+        self._every, self._last, self._examples = every, last, examples
+        self._pending: tuple[int, Any] | None = None
+        self._window: metrics_lib.Metrics | None = None
+        self._tokens = 0.0
+        self.latest: dict[str, float] = {}
+        self.skipped = 0
+        self._clock = _Clock()
+
+    def memory(self) -> dict[str, Any]:
+        """What a run that goes on from here must know to write the lines that this one would have; JSON values."""
+        window = None if self._window is None else {name: _to_json(m) for name, m in self._window.items()}
+        return {"tokens": self._tokens, "window": window, "latest": self.latest, "skipped": self.skipped}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Goes on from what ``memory`` gave."""
+        window = memory["window"]
+        self._window = None if window is None else {name: _from_json(m) for name, m in window.items()}
+        self._tokens, self.latest, self.skipped = memory["tokens"], dict(memory["latest"]), memory["skipped"]
+
+    def add(self, step: int, metrics: Any) -> dict[str, float]:
+        """Takes the metrics of a step, still on the devices; returns the numbers of the step before it."""
+        numbers = self.flush()
+        self._pending = step, metrics
+        return numbers
+
+    def flush(self) -> dict[str, float]:
+        """Waits for the last step, and writes a line when one is due.
+
+        Returns:
+          Its numbers by name; empty when there is none, or when it has been flushed before.
+        """
+        if self._pending is None:
+            return {}
+        (step, metrics), self._pending = self._pending, None
+        metrics = self._fetch(metrics)
+        tokens = metrics["tokens"].compute()
+        self.skipped += int(metrics[SKIPPED].compute())
+        self._tokens += tokens
+        self._clock.count(tokens, self._examples)
+        self._window = metrics if self._window is None else metrics_lib.merge(self._window, metrics)
+        numbers = metrics_lib.compute(metrics)
+        if step == 1:
+            self._warn(self._watch.first_step(numbers))
+        if step % self._every == 0 or step == self._last:
+            self._write_window(step)
+        return numbers
+
+    def evaluate(self, prefix: str, step: int, numbers: Mapping[str, float]) -> None:
+        """Writes what an evaluator found."""
+        self._write(step, numbers, prefix)
+
+    def sync(self) -> None:
+        """Returns when all lines so far would survive a loss of power."""
+        self._writer.flush()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        try:
+            yield
+        finally:
+            self._clock.restart()
+
+    def report(self) -> None:
+        """Says how fast it went."""
+        for name, rate in self._clock.rates().items():
+            logging.info("%s: %.0f", name.replace("_", " "), rate)
+
+    def _write_window(self, step: int) -> None:
+        numbers = metrics_lib.compute(self._window or {})
+        self._window = None
+        self._write(step, {**numbers, "tokens": self._tokens, SKIPPED: self.skipped}, "train")
+        self._warn(self._watch.look(step, numbers))
+        self._writer.write_timings(step, {**self._clock.rates(), **self._durations()})
+
+    def _write(self, step: int, numbers: Mapping[str, float], prefix: str) -> None:
+        self._writer.write(step, numbers, prefix)
+        self.latest |= {f"{prefix}/{name}": float(value) for name, value in numbers.items()} | {"step": step}
+
+    @staticmethod
+    def _warn(sentences: Iterator[str]) -> None:
+        for sentence in sentences:
+            logging.warning("Warning: %s.", sentence)
+
+
+class _Clock:
+    """Rates over the time spent training: without compilation (the first step) and without evaluation."""
+
+    def __init__(self) -> None:
+        self._tokens = self._examples = 0.0
+        self._seconds = 0.0
+        self._since: float | None = None
+
+    def count(self, tokens: float, examples: int) -> None:
+        now = time.monotonic()
+        if self._since is not None:
+            self._seconds += now - self._since
+            self._tokens, self._examples = self._tokens + tokens, self._examples + examples
+        self._since = now
+
+    def restart(self) -> None:
+        if self._since is not None:
+            self._since = time.monotonic()
+
+    def rates(self) -> dict[str, float]:
+        if not self._seconds:
+            return {}
+        return {
+            "tokens_per_second": self._tokens / self._seconds,
+            "examples_per_second": self._examples / self._seconds,
+        }
+
+
+def _to_json(metric: Any) -> list[Any]:
+    return [type(metric).__name__, *(float(getattr(metric, f.name)) for f in dataclasses.fields(metric))]
+
+
+def _from_json(values: list[Any]) -> Any:
+    kind, *numbers = values
+    return KINDS[kind](*(np.asarray(number, np.float32) for number in numbers))

@@ -1,0 +1,367 @@
+"""Whole runs: continued to the bit, compiled once, refused in plain words."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import pytest
+from absl import logging
+
+from configs import base
+from dpo_jax import reproducer, train, workdir
+from dpo_jax.data.prepared import write_examples
+from dpo_jax.data.tokenizer import tokenizer_fingerprint
+from dpo_jax.stopping import Stopped
+from dpo_jax.writers import read_metrics
+from tests import tiny_run
+
+VARIANTS = {
+    "sft": {"loss.name": "sft"},
+    "dpo": {"loss.name": "dpo"},
+    "tr_dpo": {"loss.name": "dpo", "reference.sync_every": 3},
+    "beta_dpo": {"loss.name": "beta_dpo"},  # remembers a running mean
+    "kto": {"loss.name": "kto"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _compile_cache() -> Iterator[None]:
+    with tiny_run.compile_cache():
+        yield
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    tiny_run.write_data(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def singles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("singles")
+    tiny_run.write_data(folder, answers=1)
+    return folder
+
+
+class Crash(Exception):
+    """What no run expects."""
+
+
+class StopAfter:
+    """Asks a run to stop after a step; or crashes there."""
+
+    def __init__(self, step: int, crash: bool = False) -> None:
+        self._left, self._crash = step, crash
+
+    def agreed(self) -> bool:
+        self._left -= 1
+        if self._left == 0 and self._crash:
+            raise Crash
+        return self._left == 0
+
+
+def never() -> StopAfter:
+    return StopAfter(10**9)
+
+
+def interrupted(config, folder: Path, step: int, crash: bool = True) -> None:
+    with (
+        workdir.owned(folder, config),
+        pytest.raises(Crash if crash else Stopped),
+    ):
+        train.Trainer(config, folder).train(StopAfter(step, crash))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_is_continued_is_the_uninterrupted_one(variant: str, pairs, singles, tmp_path: Path) -> None:
+    """Lines come every 3 steps, evaluations every 4, checkpoints every 5, epochs end after 6.5: nothing lines up."""
+    data = singles if variant in ("sft", "kto") else pairs
+    config = tiny_run.make_config(data, **VARIANTS[variant])
+    train.run(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "parts", 8)
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    train.run(config, tmp_path / "parts")
+    expected = tiny_run.results(tmp_path / "whole")
+    assert {"metrics.jsonl", "summary.json", "samples/step_000010.jsonl", "10/step"} <= expected.keys()
+    assert tiny_run.results(tmp_path / "parts") == expected
+    steps = [row["step"] for row in read_metrics(tmp_path / "parts" / "metrics.jsonl")]
+    assert steps == [0, 3, 4, 6, 8, 9, 10]
+
+
+def test_a_run_that_is_stopped_again_and_again_loses_nothing(pairs, tmp_path: Path) -> None:
+    """Saves come at steps where no line of metrics is due."""
+    config = tiny_run.make_config(pairs, **{"eval.prompts": 0})
+    train.run(config, tmp_path / "whole")
+    for step in (1, 3, 1, 2):  # after 1, 4, 5 and 7
+        interrupted(config, tmp_path / "parts", step, crash=False)
+    assert Checkpoint.steps(tmp_path / "parts") == [1, 4, 5, 7]
+    train.run(config, tmp_path / "parts")
+    assert tiny_run.results(tmp_path / "parts") == tiny_run.results(tmp_path / "whole")
+
+
+class Checkpoint:
+    """Looks into a workdir."""
+
+    @staticmethod
+    def steps(folder: Path) -> list[int]:
+        return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+
+
+def test_a_run_killed_before_its_summary_is_finished_without_training(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs, **{"eval.prompts": 0})
+    first = train.run(config, tmp_path)
+    summary = (tmp_path / "summary.json").read_bytes()
+    (tmp_path / "summary.json").unlink()
+    trainer = train.Trainer(config, tmp_path)
+    assert trainer.train(never()) == pytest.approx(first, nan_ok=True, abs=0, rel=0)
+    assert trainer.parallel.traces == {}
+    train.run(config, tmp_path)
+    assert (tmp_path / "summary.json").read_bytes() == summary
+
+
+def test_a_finished_run_says_so_and_does_not_train_again(pairs, tmp_path: Path, caplog) -> None:
+    config = tiny_run.make_config(pairs, **{"eval.prompts": 0, "eval.examples": 0})
+    first = train.run(config, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != workdir.LOCK_FILE}
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_logger().propagate = True
+    with caplog.at_level("INFO"):
+        assert train.run(config, tmp_path) == pytest.approx(first, nan_ok=True, abs=0, rel=0)
+    assert f"{tmp_path} is finished" in caplog.text
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_everything_is_compiled_once(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs)
+    trainer = train.Trainer(config, tmp_path)
+    trainer.train(never())
+    assert trainer.parallel.traces == {"train_step": 1, "eval_step": 1, "sample": 1, "score_samples": 1}
+
+
+def test_devices_and_micro_batches_train_alike(pairs, tmp_path: Path) -> None:
+    runs = {}
+    for devices, micro in ((1, 1), (2, 2)):
+        changes = {"parallel.devices": devices, "train.micro_batches": micro, "eval.prompts": 0, "optim.epsilon": 1e-3}
+        runs[devices] = train.run(tiny_run.make_config(pairs, **changes), tmp_path / str(devices))
+    # fp32 sums in another order, through ten steps.
+    assert runs[2]["train/loss"] == pytest.approx(runs[1]["train/loss"], rel=1e-5)
+
+
+# --- refused, in plain words -----------------------------------------------------------------------------------------
+
+
+def test_a_workdir_of_another_config_is_refused(pairs, tmp_path: Path) -> None:
+    train.run(tiny_run.make_config(pairs, **{"eval.prompts": 0}), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    other = tiny_run.make_config(pairs, **{"eval.prompts": 0, "loss.beta": 0.5, "optim.schedule": "linear"})
+    with pytest.raises(ValueError, match="belongs to another config") as error:
+        train.run(other, tmp_path)
+    assert "config.loss.hyper.beta: 0.5 here, None there" in str(error.value)
+    assert "config.optim.schedule: 'linear' here, 'cosine' there" in str(error.value)
+    assert "choose another --workdir" in str(error.value)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data.batch_size": 6, "parallel.devices": 4}, "data.batch_size 6 does not divide over 4 devices"),
+        ({"parallel.devices": 99}, "config.parallel.devices is 99, this machine has"),
+        (
+            {"data.answer_length": 7},
+            r"example \d+ has a prompt of \d tokens and answers of .*data.answer_length",
+        ),
+        ({"data.path": "/nowhere"}, "/nowhere does not exist"),
+        ({"data.source": "nothing"}, "unknown data source 'nothing'; known: imdb_openings"),
+        ({"init.run": "/nowhere"}, "no complete checkpoint in /nowhere/checkpoints: train that run first"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(changes, message: str, pairs, tmp_path: Path) -> None:
+    with pytest.raises((ValueError, OSError), match=message):
+        train.run(tiny_run.make_config(pairs, **changes), tmp_path / "run")
+
+
+def test_tokens_of_another_tokenizer_are_named(pairs, tmp_path: Path) -> None:
+    examples = tiny_run.make_examples(6, 2, 0)
+    examples[2].prompt[0] = 5000
+    tokenizer = tokenizer_fingerprint(pairs / f"tokenizer-{tiny_run.VOCAB}")
+    write_examples({"train": examples, "eval": examples}, tmp_path / "data", name="tiny", tokenizer=tokenizer)
+    with pytest.raises(ValueError, match=r"example 2 has tokens from \d+ to 5000; the tokenizer has those below 2"):
+        train.run(tiny_run.make_config(pairs, **{"data.path": str(tmp_path / "data")}), tmp_path / "run")
+
+
+def test_unpaired_data_is_refused_by_a_loss_of_pairs(singles, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="compares a chosen with a rejected answer"):
+        train.run(tiny_run.make_config(singles), tmp_path / "run")
+
+
+def test_a_workdir_that_cannot_be_written_is_named(pairs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot write to the workdir .*make it writable or choose another"):
+        train.run(tiny_run.make_config(pairs), tmp_path / "file" / "run")
+
+
+def test_a_bucket_is_refused(pairs) -> None:
+    with pytest.raises(ValueError, match="must be a local folder, got gs:.*mount the bucket"):
+        train.run(tiny_run.make_config(pairs), "gs://bucket/run")
+
+
+def test_two_runs_in_one_workdir_are_refused(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs)
+    with workdir.owned(tmp_path, config), pytest.raises(OSError, match=r"process \d+ on .* is at work in the workdir"):
+        train.run(config, tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    with workdir.owned(tmp_path, config):
+        pass  # free again
+
+
+def test_a_damaged_config_of_a_workdir_is_named(pairs, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"seed": ')
+    with pytest.raises(OSError, match=r"config.json cannot be read"):
+        train.run(tiny_run.make_config(pairs), tmp_path)
+
+
+# --- checkpoints of another run --------------------------------------------------------------------------------------
+
+QUICK = {"eval.prompts": 0, "eval.examples": 0}
+
+
+def test_other_data_under_the_same_path_is_refused(tmp_path: Path) -> None:
+    tiny_run.write_data(tmp_path / "data")
+    config = tiny_run.make_config(tmp_path / "data", **QUICK)
+    interrupted(config, tmp_path / "run", 7)
+    tiny_run.write_data(tmp_path / "data", seed=5)
+    with pytest.raises(ValueError, match="made by another run") as error:
+        train.run(config, tmp_path / "run")
+    assert "run.data.train: '" in str(error.value)
+    assert "run.tokenizer" not in str(error.value)
+
+
+def test_another_version_of_the_code_is_refused(pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_run.make_config(pairs, **QUICK)
+    interrupted(config, tmp_path, 7)
+    monkeypatch.setattr(workdir, "__version__", "99.0")
+    with pytest.raises(ValueError, match=r"run.version: '99.0' here, '0.1.0' there"):
+        train.run(config, tmp_path)
+
+
+def test_another_start_under_the_same_path_is_refused(pairs, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        train.run(tiny_run.make_config(pairs, seed=seed, **QUICK), tmp_path / f"start{seed}")
+    (tmp_path / "start").symlink_to(tmp_path / "start1")
+    config = tiny_run.make_config(pairs, **{"init.run": str(tmp_path / "start"), "eval.examples": 0})
+    interrupted(config, tmp_path / "run", 7)
+    (tmp_path / "start").unlink()
+    (tmp_path / "start").symlink_to(tmp_path / "start2")
+    with pytest.raises(ValueError, match="holds other parameters than when this run began"):
+        train.run(config, tmp_path / "run")
+
+
+def test_a_reference_that_drifts_stops_the_run(pairs, tmp_path: Path) -> None:
+    trainer = train.Trainer(tiny_run.make_config(pairs, **QUICK), tmp_path)
+
+    class Drift(StopAfter):
+        def agreed(self) -> bool:
+            if super().agreed():  # as if a bit of the reference had flipped
+                trainer._reference_hash = "0" * 64
+            return False
+
+    with pytest.raises(ValueError, match="the reference at step 10 is not the one that the run began with"):
+        trainer.train(Drift(7))
+    assert Checkpoint.steps(tmp_path) == [5]
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.every": 2})
+    train.run(config, tmp_path / "whole")
+    interrupted(config, tmp_path / "run", 7)
+    target = max((tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"), key=lambda p: p.stat().st_size)
+    content = bytearray(target.read_bytes())
+    content[len(content) // 2] ^= 1
+    target.write_bytes(content)
+    stop = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.every": 2, "checkpoint.on_damage": "stop"})
+    (tmp_path / "run" / "config.json").write_text(workdir.to_json(stop))
+    with pytest.raises(OSError, match="the checkpoint of step 6 is damaged"):
+        train.run(stop, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text(workdir.to_json(config))
+    train.run(config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "damaged-6").is_dir()
+    assert tiny_run.results(tmp_path / "run") == tiny_run.results(tmp_path / "whole")
+
+
+# --- numbers that are not finite -------------------------------------------------------------------------------------
+
+
+# The first update makes parameters of 1e15: finite, but nothing that the second step computes from them is.
+HOT = {"optim.learning_rate": 1e15, "optim.schedule": "constant", "optim.warmup_steps": 0}
+
+
+def test_a_step_that_is_not_finite_stops_the_run_and_can_be_run_again(pairs, tmp_path: Path) -> None:
+    changes = {
+        "optim.learning_rate": 1e15,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
+        "checkpoint.every": 1,
+    }
+    with pytest.raises(FloatingPointError, match="step 2 is not finite; the first tensor that is not: ") as error:
+        train.run(tiny_run.make_config(pairs, **QUICK, **changes), tmp_path)
+    message = str(error.value)
+    assert "log-probabilities of the policy, in row(s) 0, 1, 2" in message
+    folder = tmp_path / "not_finite" / "step_000002"
+    assert f"--replay={folder}" in message
+    assert Checkpoint.steps(tmp_path) == [1]
+    finding = reproducer.replay(folder)
+    assert str(finding) in message
+    case = reproducer.load(folder)
+    assert int(case.state.step) == 1
+    jax.tree.map(lambda a, b: pytest.approx(a) == b, case.batch, train.Trainer(case.config, tmp_path).pipeline.batch(1))
+
+
+def test_steps_are_left_out_as_many_as_allowed(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs, **QUICK, **HOT, **{"train.max_skipped": 3})
+    with pytest.raises(FloatingPointError, match="step 5 is not finite") as error:
+        train.run(config, tmp_path)
+    assert "3 steps before it were left out (config.train.max_skipped)" in str(error.value)
+    assert [row["train/skipped_steps"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
+
+
+def test_steps_left_out_are_remembered_over_a_restart(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs, **QUICK, **HOT, **{"train.max_skipped": 3})
+    interrupted(config, tmp_path, 3, crash=False)
+    with pytest.raises(FloatingPointError, match="step 5 is not finite"):
+        train.run(config, tmp_path)
+
+
+def test_keeping_the_best_of_an_unknown_metric_is_refused(pairs, tmp_path: Path) -> None:
+    config = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.keep_best": "eval/los"})
+    with pytest.raises(ValueError, match="keep_best is 'eval/los', which this run does not measure; .*train/loss"):
+        train.run(config, tmp_path)
+
+
+def test_the_best_checkpoint_stays(pairs, tmp_path: Path) -> None:
+    changes = {
+        "checkpoint.every": 2,
+        "checkpoint.keep": 1,
+        "checkpoint.keep_best": "train/loss",
+        "checkpoint.best": "max",
+    }
+    train.run(tiny_run.make_config(pairs, **QUICK, **changes, **{"train.log_every": 2}), tmp_path)
+    losses = {row["step"]: row["train/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")}
+    assert Checkpoint.steps(tmp_path) == sorted({max(losses, key=losses.__getitem__), 10})
+
+
+def test_time_blocked_by_saves_is_reported(pairs, tmp_path: Path) -> None:
+    train.run(tiny_run.make_config(pairs, **QUICK), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
+    blocked = [row["checkpoint_blocked_seconds"] for row in rows]
+    assert blocked == sorted(blocked)
+    assert blocked[-1] > 0
+
+
+def test_base_is_what_tiny_runs_change() -> None:
+    """The keys of this file's configs are those of users."""
+    assert tiny_run.config_dict(Path("x")).keys() == base.get_config().keys()
