@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config.data.path = "runs/imdb/preferences/examples"
     config.data.batch_size = 32
     config.init.run = "runs/imdb/sft"
-    config.optim.learning_rate = 4e-4
+    config.optim.update(learning_rate=4e-4, warmup_steps=40, b2=0.98)
     config.train.epochs = 1.0
     config.eval.every = 45
     config.eval.prompts = 256

@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.data.update(layout="packed", row_length=128, batch_size=4)
     config.loss.name = "sft"
     config.optim.update(learning_rate=1e-3, b2=0.98, weight_decay=0.1, warmup_steps=60)
-    config.train.steps = 1500
-    config.eval.every = 250
-    config.checkpoint.every = 500
+    config.train.steps = 1200
+    config.eval.every = 300
+    config.checkpoint.every = 300
     return config

@@ -35,7 +35,7 @@ class Guarded:
 def guard(step: TrainStep, limit: int) -> Callable[[Guarded, PreferenceBatch, Hyper], tuple[Guarded, Metrics]]:
     """A train step that takes no update that is not finite.
 
-    The step whose loss, gradient or new parameters are not finite leaves the state as it was and counts as skipped.
+    The step whose loss, gradient or learning rate is not finite leaves the state as it was and counts as skipped.
     When more than ``limit`` have been skipped, the state stands still: the host, which looks one step late, finds it as
     it was before that step.
 
@@ -49,12 +49,13 @@ def guard(step: TrainStep, limit: int) -> Callable[[Guarded, PreferenceBatch, Hy
 
     def guarded(carry: Guarded, batch: PreferenceBatch, hyper: Hyper) -> tuple[Guarded, Metrics]:
         new, metrics = step(carry.state, batch, hyper)
-        numbers = metrics["loss"].numerator, metrics["grad_norm"].numerator, optax.global_norm(new.params)
+        # All are known before the update, so that choosing a state needs no pass over the parameters of its own.
+        numbers = [metrics[name].numerator for name in ("loss", "grad_norm", "learning_rate")]
         finite = jnp.all(jnp.isfinite(jnp.stack(numbers)))
         over = carry.skipped > limit
         skipped = carry.skipped + (~over & ~finite)
         taken, halted = finite & ~over, skipped > limit
-        state = jax.tree.map(lambda a, b: jnp.where(taken, a, b), new, carry.state)
+        state = jax.tree.map(lambda a, b: a if a is b else jnp.where(taken, a, b), new, carry.state)
         # The number of a skipped step is used up: it is the position in the data and in the schedule.
         state = dataclasses.replace(state, step=jnp.where(halted, carry.state.step, new.step))
         metrics = jax.tree.map(lambda m: jnp.where(taken, m, jnp.zeros_like(m)), dict(metrics))

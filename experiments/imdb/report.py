@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -14,6 +16,7 @@ from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.prefer import EXAMPLES_FOLDER
 from dpo_jax.writers import read_metrics
 
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by the colour-blind too (Okabe & Ito)
 FIGURE, TABLE, SAMPLES = "reward_kl.png", "report.md", "samples.md"
 
 ROWS = {
@@ -34,13 +37,18 @@ def write(workdir: Path, shown: int = 4) -> None:
       workdir: folder of the experiment, with the DPO run in ``dpo``.
       shown: samples that are printed side by side.
     """
-    evaluations = [row for row in read_metrics(workdir / "dpo" / "metrics.jsonl") if "samples/reward" in row]
+    evaluations = evaluations_of(workdir)
     table = _table(evaluations[0], evaluations[-1])
     samples = _samples(workdir / "dpo" / "samples", int(evaluations[-1]["step"]), shown)
     (workdir / TABLE).write_text(table + "\n" + samples, encoding="utf-8")
-    draw(evaluations, _best_of(workdir / "preferences" / EXAMPLES_FOLDER), workdir / FIGURE)
+    draw([evaluations], best_of(workdir), workdir / FIGURE)
     print(table, samples, sep="\n")
     _say_where(workdir)
+
+
+def evaluations_of(workdir: Path) -> list[dict[str, float]]:
+    """The rows of the DPO run's ``metrics.jsonl`` that have samples."""
+    return [row for row in read_metrics(workdir / "dpo" / "metrics.jsonl") if "samples/reward" in row]
 
 
 def _table(first: dict[str, float], last: dict[str, float]) -> str:
@@ -70,49 +78,36 @@ def _wrapped(name: str, row: dict[str, object]) -> str:
     return textwrap.fill(text, 110, initial_indent=head + "  ", subsequent_indent=" " * 12)
 
 
-def draw(evaluations: list[dict[str, float]], best_of: tuple[int, float] | None, path: Path) -> None:
-    """Draws the path of reward against KL, a point an evaluation, with bars of one standard error.
+def draw(runs: Sequence[list[dict[str, float]]], best: tuple[int, float], path: Path) -> None:
+    """Draws the paths of reward against KL, a line a run, a point an evaluation with bars of one standard error.
 
     Args:
-      evaluations: rows of ``metrics.jsonl`` that have samples.
-      best_of: (n, mean reward of the best of n answers of the reference); None leaves it out.
+      runs: rows of ``metrics.jsonl`` that have samples, of each run.
+      best: (n, mean reward of the best of n answers of the reference).
       path: of the PNG.
     """
     matplotlib.use("Agg")
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    kl, reward = ([row[f"samples/{name}"] for row in evaluations] for name in ("kl", "reward"))
-    kl_error, reward_error = ([row[f"samples/{name}_se"] for row in evaluations] for name in ("kl", "reward"))
-    axes.errorbar(kl, reward, xerr=kl_error, yerr=reward_error, color="#0072B2", marker="o", ms=4, lw=1.2, capsize=2)
-    for name, row, side in (("reference", evaluations[0], "left"), ("policy", evaluations[-1], "right")):
-        axes.annotate(
-            f"{name}, step {int(row['step'])}",
-            (row["samples/kl"], row["samples/reward"]),
-            textcoords="offset points",
-            xytext=(8 if side == "left" else -8, -14),
-            ha=side,
+    for rows, color in zip(runs, itertools.cycle(COLORS), strict=False):
+        kl, reward = ([row[f"samples/{name}"] for row in rows] for name in ("kl", "reward"))
+        kl_error, reward_error = ([row[f"samples/{name}_se"] for row in rows] for name in ("kl", "reward"))
+        label = f"seed {runs.index(rows)}" if len(runs) > 1 else "DPO, a point an evaluation"
+        axes.errorbar(
+            kl, reward, xerr=kl_error, yerr=reward_error, color=color, marker="o", ms=4, lw=1.2, capsize=2, label=label
         )
-    if best_of is not None:
-        axes.axhline(best_of[1], color="#D55E00", ls="--", lw=1)
-        label = f"best of {best_of[0]} answers of the reference"
-        axes.annotate(
-            label,
-            (1, best_of[1]),
-            xycoords=("axes fraction", "data"),
-            ha="right",
-            xytext=(-4, 4),
-            textcoords="offset points",
-            color="#D55E00",
-        )
+    axes.axhline(best[1], color="black", ls="--", lw=1, label=f"best of {best[0]} answers of the reference")
     axes.set_xlabel("KL(policy ‖ reference), nats a sequence")
     axes.set_ylabel("reward of samples, P(positive)")
     axes.set_title("DPO on IMDb sentiment: reward bought with KL")
     axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", fontsize=9)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
 
-def _best_of(folder: Path) -> tuple[int, float]:
+def best_of(workdir: Path) -> tuple[int, float]:
     """Answers sampled a prompt, and the mean reward of the best of them, from the held-out pairs."""
+    folder = workdir / "preferences" / EXAMPLES_FOLDER
     best: dict[bytes, float] = {}
     for example in PreparedExamples(folder, "eval"):
         key = example.prompt.tobytes()
