@@ -3,6 +3,10 @@
 Not a test; needs torch 2.13 and transformers 5.23, which the project itself does without:
 
     python -m tests.convert.make_goldens tests/convert/goldens.json [FIRST_SEED]
+
+With ``check`` it loads folders that this project has exported, one a case, and fails unless they give the same numbers:
+
+    python -m tests.convert.make_goldens check GOLDENS.json FOLDER
 """
 
 from __future__ import annotations
@@ -23,14 +27,29 @@ LEAST_GAP = 2e-3  # between the two likeliest tokens of a greedy step; less woul
 
 
 def main() -> None:
-    path, first = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     torch.set_num_threads(1)
+    if sys.argv[1] == "check":
+        _check(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
+    path, first = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
     goldens = {}
     for name in cases.CASES:
         goldens[name] = _golden(name, first)
         print(name, "seed", goldens[name]["seed"])
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     path.write_text(_dump({"versions": versions, "cases": goldens}), encoding="utf-8")
+
+
+def _check(goldens: Path, folder: Path) -> None:
+    for name, golden in json.loads(goldens.read_text(encoding="utf-8"))["cases"].items():
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder / name, dtype=torch.float32, attn_implementation="eager"
+        )
+        found = _measure(model.eval(), golden["seed"])
+        for key in ("logits_right", "logits_left", "logps_right", "logps_left", "generated"):
+            # The same program on the same weights; the goldens are rounded.
+            np.testing.assert_allclose(found[key], golden[key], rtol=0, atol=1e-5, err_msg=f"{name} {key}")
+        print(f"{name}: transformers reads our export and computes the same")
 
 
 def _golden(name: str, first: int) -> dict:
