@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import logging as std_logging
 import sys
@@ -40,6 +41,10 @@ def main(
     workdir = flags.DEFINE_string("workdir", None, "folder of this run: made when new, continued when not")
     paths = {name: flags.DEFINE_string(name, None, text) for name, (text, _) in tools.items()}
 
+    for name in ("config", "workdir", *paths):
+        # --help shows the flags of the program that was started, and this module is none.
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
     def start(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
@@ -63,8 +68,16 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         _refuse(str(error))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # of the config file and its overrides
-        _refuse(f"--config: {error.args[0] if isinstance(error, KeyError) and error.args else error}")
+        _refuse(f"--config: {_unquoted(str(error))}")
     return []
+
+
+def _unquoted(text: str) -> str:
+    """A KeyError quotes its message, once for each time that it is raised anew."""
+    with contextlib.suppress(ValueError, SyntaxError):
+        inner = ast.literal_eval(text)
+        return _unquoted(inner) if isinstance(inner, str) else text
+    return text
 
 
 def _refuse(message: str) -> None:

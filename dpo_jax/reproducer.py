@@ -128,7 +128,7 @@ def examine(case: Case) -> Finding | None:
     step = parallel.eval_step(builders.guarded_step(config, parts, case.steps, parallel.axis))
     after, _ = step(parallel.replicate(builders.guarded(case.state, 0)), batch, hyper)
     overflows = bool(parallel.unreplicate(after).skipped)
-    return Finding("the norm of the gradient or of the new parameters, which overflows") if overflows else None
+    return Finding("the norm of the gradient, which overflows") if overflows else None
 
 
 def _batch_like(described: Mapping[str, str]) -> PreferenceBatch:

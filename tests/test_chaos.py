@@ -1,0 +1,21 @@
+"""The short version of ``python -m tests.chaos``: a real training, killed again and again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests import chaos
+
+
+def test_a_training_that_is_killed_again_and_again_loses_nothing(tmp_path: Path) -> None:
+    tally = chaos.run(tmp_path, kills=3, variants=["dpo"], seed=1)
+    assert (tally.kills, tally.losses) == (3, 0)
+
+
+def test_what_is_lost_is_found(tmp_path: Path, capsys) -> None:
+    good = {"metrics.jsonl": b'{"step": 0}\n{"step": 3}\n', "10/params/kernel": b"aa"}
+    assert chaos._differences("dpo", good, dict(good)) == 0
+    assert chaos._differences("dpo", good, {**good, "10/params/kernel": b"ab"}) == 1
+    twice = {**good, "metrics.jsonl": b'{"step": 3}\n{"step": 3}\n'}
+    assert chaos._differences("dpo", twice, twice) == 1
+    assert "LOST in dpo: 10/params/kernel" in capsys.readouterr().out

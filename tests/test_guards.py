@@ -1,0 +1,172 @@
+"""The guarded step, the search for the first tensor that is not finite, and warnings in words."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax.guards import SKIPPED, Finding, Guarded, Watch, first_not_finite, guard
+from dpo_jax.logbook import Logbook
+from dpo_jax.metrics import Correlation, Ratio, Total
+from dpo_jax.steps import TrainState
+from dpo_jax.writers import Writer
+
+NAN = float("nan")
+
+
+def fake_step(state: TrainState, batch, hyper):
+    """The batch is (loss, gradient norm, learning rate); the latter is added to the parameter."""
+    loss, norm, rate = batch
+    numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
+    metrics = {**{name: Ratio(x, jnp.float32(1)) for name, x in numbers.items()}, "tokens": Total(rate)}
+    new = TrainState(state.step + 1, {"w": state.params["w"] + rate}, None, {"m": state.opt_state["m"] * 2}, {})
+    return new, metrics
+
+
+def drive(limit: int, batches):
+    carry = Guarded(TrainState(jnp.int32(0), {"w": jnp.float32(1)}, None, {"m": jnp.float32(1)}, {}), jnp.int32(0))
+    step, seen = jax.jit(guard(fake_step, limit)), []
+    for batch in batches:
+        carry, metrics = step(carry, tuple(map(jnp.float32, batch)), None)
+        seen.append((int(carry.state.step), float(carry.state.params["w"]), int(carry.skipped)))
+        assert float(metrics[SKIPPED].value) == (0 if np.isfinite(metrics["loss"].compute()) else 1)
+    return carry, seen
+
+
+GOOD = (1.0, 1.0, 2.0)
+BAD = [(NAN, 1.0, 2.0), (1.0, np.inf, 2.0), (1.0, 1.0, NAN), (1.0, 1.0, np.inf), (-np.inf, NAN, NAN)]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_the_state_stays_as_it_was_before_the_step(bad) -> None:
+    """And it stays so, whatever comes after it: the host looks late."""
+    carry, seen = drive(0, [GOOD, bad, GOOD, GOOD])
+    assert seen == [(1, 3.0, 0), (1, 3.0, 1), (1, 3.0, 1), (1, 3.0, 1)]
+    assert float(carry.state.opt_state["m"]) == 2.0
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_allowed_steps_are_left_out_and_their_numbers_used_up(bad) -> None:
+    carry, seen = drive(2, [GOOD, bad, GOOD, bad, bad, GOOD])
+    assert seen == [(1, 3.0, 0), (2, 3.0, 1), (3, 5.0, 1), (4, 5.0, 2), (4, 5.0, 3), (4, 5.0, 3)]
+    assert float(carry.state.opt_state["m"]) == 4.0
+
+
+def tensors(**changes):
+    names = (
+        "params",
+        "reference",
+        "opt_state",
+        "log-probabilities of the policy",
+        "log-probabilities of the reference",
+    )
+    found = {name: {"a": np.zeros(2)} for name in names[:3]} | {name: np.zeros((1, 1, 3, 2, 1)) for name in names[3:]}
+    return {**found, "loss": np.float32(1), "gradient": {"b": np.zeros(3), "c": np.zeros(3)}, **changes}
+
+
+def test_the_first_tensor_of_the_step_is_found() -> None:
+    assert first_not_finite(tensors(), 1) is None
+    gradient = {"b": np.zeros(3), "c": np.array([0, np.inf, 0])}
+    assert first_not_finite(tensors(gradient=gradient), 1) == Finding("gradient/c")
+    assert first_not_finite(tensors(gradient=gradient, loss=np.float32(NAN)), 1) == Finding("loss")
+    logps = np.zeros((1, 1, 3, 2, 1))
+    logps[0, 0, 1, 1], logps[0, 0, 2, 0] = NAN, -np.inf
+    name = "log-probabilities of the policy"
+    for slots, rows in ((1, (3, 4)), (2, (1, 2))):
+        found = first_not_finite(tensors(**{name: logps, "loss": np.float32(NAN)}), slots)
+        assert found == Finding(name, rows)
+    assert str(found) == "log-probabilities of the policy, in row(s) 1, 2 of the batch"
+    assert str(Finding("x", tuple(range(20)))).endswith("0, 1, 2, 3, 4, 5, 6, 7 and 12 more of the batch")
+
+
+# --- warnings --------------------------------------------------------------------------------------------------------
+
+HEALTHY = {"loss": 0.6, "log_ratio/mean": 0.1, "rewards/margins": 0.2, "entropy": 3.0}
+
+
+def warnings(watch: Watch, *lines) -> list[tuple[int, str]]:
+    return [(step, text) for step, line in enumerate(lines, 1) for text in watch.look(step, {**HEALTHY, **line})]
+
+
+def test_a_healthy_run_is_not_warned_about() -> None:
+    watch = Watch(needs_reference=True)
+    assert list(watch.first_step({"rewards/margins": 0.0})) == []
+    assert warnings(watch, {}, {"loss": np.log(2)}, {}, {"entropy": 0.5}, {"loss": NAN, "entropy": NAN}) == []
+
+
+def test_margins_at_the_start_are_warned_about() -> None:
+    (text,) = Watch(True).first_step({"rewards/margins": 0.02})
+    assert "margins are 0.02 at step 0, where the policy is its reference" in text
+    assert list(Watch(False).first_step({"rewards/margins": 0.02})) == []
+
+
+def test_a_loss_stuck_at_log_2_is_warned_about_once() -> None:
+    stuck = {"loss": float(np.log(2)) + 5e-5}
+    ((step, text),) = warnings(Watch(True), *[stuck] * 9)
+    assert step == 3 and "the loss is still log 2 = 0.6931 at step 3" in text
+    assert warnings(Watch(True), stuck, stuck, {}, stuck, stuck) == []
+    assert warnings(Watch(False), *[stuck] * 9) == []
+    assert [step for step, _ in warnings(Watch(True, after=4), *[stuck] * 9)] == [7]
+
+
+def test_a_policy_that_is_its_reference_is_warned_about() -> None:
+    equal = {"loss": float(np.log(2)), "log_ratio/mean": 0.0, "rewards/margins": 0.0}
+    found = warnings(Watch(True), *[equal] * 5)
+    assert found[0][0] == 3 and "still equals its reference to the last bit" in found[0][1]
+
+
+def test_collapsing_entropy_is_warned_about_once() -> None:
+    ((step, text),) = warnings(Watch(True), {}, {"entropy": 0.31}, {"entropy": 0.29}, {"entropy": 0.1})
+    assert step == 3 and "the entropy of the policy is 0.29 nats a token, below a tenth of the 3 at the start" in text
+
+
+# --- the logbook's memory --------------------------------------------------------------------------------------------
+
+
+class Lines(Writer):
+    def __init__(self) -> None:
+        self.lines: dict[int, dict[str, float]] = {}
+
+    def write(self, step, values, prefix="") -> None:
+        self.lines.setdefault(step, {}).update({f"{prefix}/{k}": v for k, v in values.items()})
+
+
+def logbook(writer: Writer) -> Logbook:
+    return Logbook(writer, lambda metrics: metrics, every=5, last=12, examples=4, watch=Watch(False))
+
+
+def metrics_of(step: int):
+    x = np.float32(1) / np.float32(step)
+    return {
+        "loss": Ratio(x, np.float32(3)),
+        "tokens": Total(np.float32(step)),
+        "corr": Correlation(*(np.float32(step) ** k * x for k in range(6))),
+        "odd": Ratio(np.float32(NAN), x),
+        SKIPPED: Total(np.float32(step == 2)),
+    }
+
+
+@pytest.mark.parametrize("stop", range(1, 12))
+def test_a_logbook_that_is_continued_writes_the_same_lines(stop: int) -> None:
+    import json
+
+    whole, parts = Lines(), Lines()
+    log = logbook(whole)
+    for step in range(1, 13):
+        log.add(step, metrics_of(step))
+    log.flush()
+    first = logbook(parts)
+    for step in range(1, stop + 1):
+        first.add(step, metrics_of(step))
+    first.flush()
+    second = logbook(parts)
+    second.remember(json.loads(json.dumps(first.memory())))
+    for step in range(stop + 1, 13):
+        second.add(step, metrics_of(step))
+    second.flush()
+    assert str(parts.lines) == str(whole.lines)  # nan is not equal to nan
+    assert list(whole.lines) == [5, 10, 12]
+    assert whole.lines[12]["train/tokens"] == 78 and whole.lines[12]["train/skipped_steps"] == 1
+    assert str(second.latest) == str(log.latest)
