@@ -76,7 +76,12 @@ def hh_pair(row: Row) -> Record:
             raise BadRow("no prompt", f"there is no field 'prompt', and {name} has no turn {_ASSISTANT.strip()!r}")
     prompts, answers = zip(*(split_dialogue(side) for side in sides), strict=True)
     if prompts[0] != prompts[1]:
-        raise BadRow("prompts differ", f"chosen and rejected differ before the last {_ASSISTANT.strip()!r}")
+        own = zip(prompts, answers, (CHOSEN, REJECTED), strict=True)
+        raise BadRow(
+            "prompts differ",
+            f"chosen and rejected differ before the last {_ASSISTANT.strip()!r}",
+            tuple(Record(prompt, (Reply((Message("assistant", a),), role),)) for prompt, a, role in own),
+        )
     return records.pair(prompts[0], _spoken(answers[0], "chosen"), _spoken(answers[1], "rejected"))
 
 

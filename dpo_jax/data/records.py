@@ -32,11 +32,12 @@ class BadRow(ValueError):
 
     Attributes:
       reason: one word or two, under which such rows are counted.
+      sides: what can still be looked at: a record of each answer with its own prompt.
     """
 
-    def __init__(self, reason: str, message: str) -> None:
+    def __init__(self, reason: str, message: str, sides: tuple[Record, ...] = ()) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.reason, self.sides = reason, sides
 
 
 @dataclass(frozen=True)

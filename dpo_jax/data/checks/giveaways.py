@@ -1,0 +1,151 @@
+"""What gives the label away without being its reason, and how much of the labels a simple reader disputes."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import scipy.sparse
+from sklearn.feature_extraction.text import HashingVectorizer
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from dpo_jax.data.checks.case import Case, Finding, labelled_sides
+
+_LEAST = 40  # rows for an estimate
+_FOLDS = 5
+_GIVEN_AWAY = 0.65  # accuracy of surface features past which they are a shortcut
+_READABLE = 0.7  # accuracy under which a reader's doubts mean nothing
+_CONFIDENT = 0.9
+
+_SURFACE = {
+    "words": lambda t: len(t.split()),
+    "characters": len,
+    "lines": lambda t: t.count("\n"),
+    "list items": lambda t: len(re.findall(r"^\s*(?:[-*•]|\d+[.)])\s", t, re.MULTILINE)),
+    "headings": lambda t: len(re.findall(r"^#+ ", t, re.MULTILINE)),
+    "bold": lambda t: t.count("**"),
+    "code": lambda t: t.count("`"),
+    "digits": lambda t: sum(map(str.isdigit, t)),
+    "questions": lambda t: t.count("?"),
+    "exclamations": lambda t: t.count("!"),
+    "capitals": lambda t: sum(map(str.isupper, t)),
+    "not ASCII": lambda t: sum(not c.isascii() for c in t),
+    "first person": lambda t: len(re.findall(r"\bI\b", t)),
+    "apologies": lambda t: len(re.findall(r"\b(?:sorry|apologi[sz]e|cannot|can't|unable)\b", t, re.IGNORECASE)),
+    "ends a sentence": lambda t: t.rstrip()[-1:] in set(".!?\"')"),
+    "begins with a blank": lambda t: t[:1].isspace(),
+    "ends with a blank": lambda t: t[-1:].isspace(),
+}
+
+
+def giveaways(cases: Sequence[Case]) -> list[Finding]:
+    """How well length alone, and surface features alone, predict the label; and which words do."""
+    kept, first, second, labels = labelled_sides(cases)
+    if not _enough(labels):
+        return [Finding("give-aways", 0, f"too few labelled rows ({len(kept)}) to look for give-aways")]
+    features = _surface(first) - (_surface([t or "" for t in second]) if second[0] is not None else 0)
+    target = np.array(labels, bool)
+    alone = _accuracy(features[:, :1], target)
+    surface = _accuracy(features, target)
+    error = 0.5 / len(target) ** 0.5
+    words = _telling_words(first, second, labels)
+    base = max(target.mean(), 1 - target.mean())
+    summary = (
+        f"the label is predicted from length alone in {100 * alone:.1f} %, from surface features in "
+        f"{100 * surface:.1f} % of the rows (guessing: {100 * base:.1f} %, standard error {100 * error:.1f} %)"
+    )
+    weights = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(features, target)
+    strongest = sorted(zip(_SURFACE, map(float, weights[-1].coef_[0]), strict=True), key=lambda item: -abs(item[1]))
+    numbers = {"length": alone, "surface": surface, "guess": float(base), "features": strongest, "words": words}
+    found = [Finding("give-aways", len(target), summary, surface > _GIVEN_AWAY, numbers=numbers)]
+    if words:
+        text = ", ".join(f"{word!r} {better}:{worse}" for word, _, better, worse in words[:5])
+        found.append(
+            Finding("telling words", len(words), f"in better : worse answers: {text}", numbers={"words": words})
+        )
+    return found
+
+
+def label_noise(cases: Sequence[Case]) -> list[Finding]:
+    """Rows whose label a reader of words, trained on the other rows, disputes.
+
+    The share of wrong labels is estimated as in confident learning (Northcutt et al. 2021, arXiv 1911.00068): rows
+    whose other label is as likely as a label of its kind is on average.
+    """
+    kept, first, second, labels = labelled_sides(cases)
+    if not _enough(labels):
+        return [Finding("label noise", 0, f"too few labelled rows ({len(kept)}) to estimate label noise")]
+    target = np.array(labels, bool)
+    predicted = _predict(_bag(first, second), target, LogisticRegression(C=1.0, max_iter=300))
+    own = np.where(target, predicted, 1 - predicted)
+    accuracy = float(np.mean(own > 0.5))
+    usual = {label: float(own[target == label].mean()) for label in (False, True)}
+    flipped = (1 - own) >= np.array([usual[not label] for label in labels])
+    disputed = [i for i in np.argsort(own, kind="stable") if own[i] < 1 - _CONFIDENT]
+    rows = [(kept[i].place, f"the given label has probability {own[i]:.3f}") for i in disputed]
+    if accuracy < _READABLE:
+        summary = f"no estimate: a reader of words is right in only {100 * accuracy:.1f} % of held-out rows"
+    else:
+        summary = (
+            f"about {100 * flipped.mean():.1f} % of the labels may be wrong; a reader of words, right in "
+            f"{100 * accuracy:.1f} % of held-out rows, disputes {len(rows)} labels with {100 * _CONFIDENT:.0f} % "
+            "certainty"
+        )
+    numbers = {"accuracy": accuracy, "noise": float(flipped.mean()), "own": np.round(own, 4).tolist()}
+    return [Finding("label noise", len(rows), summary, False, rows, numbers)]
+
+
+def _enough(labels: Sequence[bool]) -> bool:
+    return min(sum(labels), len(labels) - sum(labels)) >= _LEAST // 2
+
+
+def _surface(texts: Sequence[str]) -> np.ndarray:
+    table = np.array([[float(feature(text)) for feature in _SURFACE.values()] for text in texts])
+    return np.sign(table) * np.log1p(np.abs(table))
+
+
+def _accuracy(features: np.ndarray, target: np.ndarray) -> float:
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
+    return float(np.mean((_predict(features, target, model) > 0.5) == target))
+
+
+def _predict(features: Any, target: np.ndarray, model: Any) -> np.ndarray:
+    """Probability that the first side is the better one, each from a model that has not seen the row."""
+    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
+    return cross_val_predict(model, features, target, cv=folds, method="predict_proba")[:, 1]
+
+
+def _bag(first: Sequence[str], second: Sequence[str | None]) -> Any:
+    vectors = HashingVectorizer(n_features=2**17, ngram_range=(1, 2), alternate_sign=False, norm="l2")
+    one = vectors.transform(first)
+    if second[0] is None:
+        return one
+    return scipy.sparse.csr_matrix(one - vectors.transform([text or "" for text in second]))
+
+
+def _telling_words(
+    first: Sequence[str], second: Sequence[str | None], labels: Sequence[bool], most: int = 20
+) -> list[tuple[str, float, int, int]]:
+    """(word, z, better answers that hold it, worse ones) by a binomial test over answers that hold the word."""
+    better: Counter[str] = Counter()
+    worse: Counter[str] = Counter()
+    for one, other, label in zip(first, second, labels, strict=True):
+        for text, good in ((one, label), (other, not label)):
+            if text is not None:
+                (better if good else worse).update(set(re.findall(r"[^\W\d_]{2,}", text.lower())))
+    # Where answers stand alone, there may be more of one kind than of the other.
+    prior = 0.5 if second[0] is not None else sum(labels) / len(labels)
+    found = []
+    for word in better.keys() | worse.keys():
+        a, b = better[word], worse[word]
+        if a + b >= 10:
+            z = (a - prior * (a + b)) / (prior * (1 - prior) * (a + b)) ** 0.5
+            if abs(z) > 4:
+                found.append((word, round(z, 2), a, b))
+    return sorted(found, key=lambda item: (-abs(item[1]), item[0]))[:most]
