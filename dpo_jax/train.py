@@ -36,8 +36,8 @@ from dpo_jax.progress import Progress, duration
 from dpo_jax.start import start_params
 from dpo_jax.steps import Hyper, TrainState, make_eval_step
 from dpo_jax.stopping import Stopped, StopRequest
-from dpo_jax.trees import parameter_count
-from dpo_jax.types import Params
+from dpo_jax.trees import named_leaves, parameter_count
+from dpo_jax.types import CHOSEN, REJECTED, Params
 from dpo_jax.writers import make_writer
 
 
@@ -85,8 +85,12 @@ class Trainer:
         check_divides(config.data.batch_size, config.train.micro_batches, len(self.parallel.devices))
         self.data = sources.open_dataset(config.data)
         self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
-        for source in (self.data.train, self.data.held_out):
+        roles, _ = (
             check_examples(source, self.parts.shape, len(self.data.tokenizer))
+            for source in (self.data.train, self.data.held_out)
+        )
+        for advice in self.parts.objective.advice(roles[CHOSEN], roles[REJECTED], self.parts.hyper.loss):
+            logging.warning("%s", advice)
         self.pipeline = make_pipeline(config, self.parts, self.data.train)
         self.steps = self._step_count()
         self._train_step = self.parallel.train_step(guarded_step(config, self.parts, self.steps, self.parallel.axis))
@@ -179,6 +183,7 @@ class Trainer:
 
     def _save(self, checkpoints: Checkpoints, step: int, carry: Guarded, log: Logbook) -> None:
         state = self.parallel.unreplicate(carry.state)
+        self._check_finite(state, checkpoints)
         self._check_reference(state, checkpoints)
         log.sync()
         meta = {
@@ -194,6 +199,17 @@ class Trainer:
                 f"config.checkpoint.keep_best is {best!r}, which this run does not measure; it has {known}"
             )
         checkpoints.save(step, state, meta, None if best is None else log.latest[best])
+
+    @staticmethod
+    def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
+        """Nothing is saved that could not be gone on from."""
+        for name, leaf in named_leaves(state).items():
+            if not np.isfinite(np.asarray(leaf, np.float32)).all():
+                raise FloatingPointError(
+                    f"{name} is not finite after step {int(state.step)}, though loss and gradient were: an update "
+                    f"was too large. Nothing was saved; the last checkpoint is of step {checkpoints.latest_step()}. "
+                    "Lower config.optim.learning_rate, in a new --workdir"
+                )
 
     def _check_reference(self, state: TrainState, checkpoints: Checkpoints) -> None:
         """A reference that is not to move has not moved."""
@@ -249,7 +265,7 @@ class Trainer:
     def _step_count(self) -> int:
         if self.config.train.steps is not None:
             return self.config.train.steps
-        return max(1, round((self.config.train.epochs or 0) * len(self.data.train) / self.config.data.batch_size))
+        return max(1, self.pipeline.steps(self.config.train.epochs or 0.0))
 
     def _evaluators(self) -> dict[str, Evaluator]:
         evaluators: dict[str, Evaluator] = {}

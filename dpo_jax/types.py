@@ -72,10 +72,10 @@ class PreferenceBatch:
     """What one training step reads.
 
     Attributes:
-      answers: the examples' own answers. Their slots, in row order, are [X, A] answers, or [X, A, 2] when each answer is
-        followed by a slot for its prompt.
-      mismatched: answers of *other* examples after these prompts, for KTO's KL term; scored without a gradient. None when
-        the loss does not ask for them.
+      answers: the examples' own answers. Their slots, in row order, are [X, A] answers, or [X, A, 2] when each answer
+        is followed by a slot for its prompt.
+      mismatched: answers of *other* examples after these prompts, for KTO's KL term; scored without a gradient. None
+        when the loss does not ask for them.
     """
 
     answers: TokenBatch
@@ -84,7 +84,7 @@ class PreferenceBatch:
 
 @struct.dataclass
 class SequenceLogps:
-    """Scores of answers under one set of parameters. All arrays are fp32 with the same leading shape ([R, S], [X, A] or [B]).
+    """Scores of answers under one set of parameters: fp32 arrays of one shape, [X, A, C], [X, A] or [B].
 
     Attributes:
       sum: Σ_t w_t · log p(token t), nats.

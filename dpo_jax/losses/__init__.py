@@ -20,7 +20,7 @@ from dpo_jax.losses.dpop import dpop
 from dpo_jax.losses.exo import exo_pair
 from dpo_jax.losses.hinge import hinge
 from dpo_jax.losses.ipo import ipo
-from dpo_jax.losses.kto import kto, reference_point
+from dpo_jax.losses.kto import kto, reference_point, weight_warning
 from dpo_jax.losses.nca import nca_pair
 from dpo_jax.losses.odpo import odpo
 from dpo_jax.losses.orpo import orpo
@@ -55,7 +55,7 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(simpo, sees="pairs", needs_reference=False, reduction="mean"),
     "cpo": Loss(cpo, sees="pairs", needs_reference=False),
     "orpo": Loss(orpo, sees="pairs", needs_reference=False, needs_prompt=True, reduction="mean"),
-    "kto": Loss(kto, sees="answers", needs_mismatched=True, statistic=reference_point),
+    "kto": Loss(kto, sees="answers", needs_mismatched=True, statistic=reference_point, advice=weight_warning),
     "apo_zero_unpaired": Loss(apo_zero_unpaired, sees="answers"),
     "bco_unpaired": Loss(
         bco_unpaired,

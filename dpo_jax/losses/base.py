@@ -70,6 +70,8 @@ class Loss:
         The numbers are passed to ``fn`` as keyword arguments.
       state: what the statistic remembers from step to step, with its initial values.
       takes_divergence: whether it reads ``shaped_B``, so that another divergence than the reverse KL makes sense.
+      advice: ``(desirable, undesirable, **weights) → str | None``: a warning about how many answers of either kind the
+        data has, from the loss's hyper-parameters that it names; None when all is well.
     """
 
     fn: Callable[..., Array]
@@ -82,6 +84,7 @@ class Loss:
     statistic: Callable[..., tuple[dict[str, Array], dict[str, Array]]] | None = None
     state: Mapping[str, float] = field(default_factory=dict)
     takes_divergence: bool = False
+    advice: Callable[..., str | None] | None = None
 
 
 def masked_mean(values_B: Array, mask_B: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -108,6 +109,16 @@ class Objective:
     def initial_state(self) -> dict[str, dict[str, Array]]:
         """What the losses' statistics remember, by loss."""
         return {t.name: {k: jnp.float32(v) for k, v in t.loss.state.items()} for t in self.terms if t.loss.state}
+
+    def advice(self, desirable: int, undesirable: int, hyper: Mapping[str, Any]) -> list[str]:
+        """What the losses have to say about the numbers of answers of either kind in the data."""
+        found = []
+        for term in self.terms:
+            if term.loss.advice is not None:
+                taken = inspect.signature(term.loss.advice).parameters
+                own = {name: float(number) for name, number in term.own(hyper).items() if name in taken}
+                found.append(term.loss.advice(desirable, undesirable, **own))
+        return [text for text in found if text is not None]
 
     def totals(self, role: Array, count: Array) -> Totals:
         """Counts of one shard of a batch; add them over shards. ``role`` and ``count`` (tokens) are [X, A, C]."""

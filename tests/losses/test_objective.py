@@ -354,3 +354,13 @@ def _values(name, scored, *, wpo=False):
     objective, hyper = make_objective(name, wpo=wpo)
     totals, numbers = prepare(objective, hyper, scored)
     return objective.values(hyper, scored, totals, numbers)
+
+
+def test_advice_comes_from_the_losses_own_numbers() -> None:
+    objective, numbers = make_objective("kto")
+    assert objective.advice(100, 100, numbers) == []
+    assert "desirable_weight" in objective.advice(50, 100, numbers)[0]
+    objective, numbers = make_objective("kto", {"desirable_weight": 2.5})
+    assert objective.advice(50, 100, numbers) == []
+    objective, numbers = make_objective("dpo")
+    assert objective.advice(50, 100, numbers) == []
