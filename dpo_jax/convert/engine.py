@@ -149,6 +149,7 @@ def _read(slots: list[Slot], entries: Mapping[str, Entry], like: Any) -> np.ndar
         tensor = entry.read()
         target = out if slot.layer is None else out[slot.layer]
         target[...] = tensor.T if slot.transpose else tensor
+        del tensor  # before the check below needs memory
         if not np.isfinite(target).all():
             raise ValueError(f"{entry.path}: tensor {slot.theirs} has numbers that are not finite in {out.dtype}")
     return out

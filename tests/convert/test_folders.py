@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ import transformers
 from dpo_jax.convert import tensors
 from dpo_jax.convert.pretrained import TABLES, open_pretrained, save_pretrained
 from dpo_jax.convert.table import read_rope, write_rope
-from dpo_jax.models import FAMILIES
+from dpo_jax.models import FAMILIES, init_params, make_model
 from dpo_jax.models.rope import Rope
 from dpo_jax.trees import named_leaves
 from tests.convert import cases, ours
@@ -189,3 +190,21 @@ def test_rope_settings_survive(rope: Rope) -> None:
 def test_rope_settings_that_are_not_understood_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'default' with the settings \['mrope_section'\]"):
         read_rope({"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 2]}, 128)
+
+
+def test_reading_needs_no_more_than_the_model_and_its_largest_tensor(tmp_path: Path) -> None:
+    sizes = dict(vocab_size=8192, context_length=16, width=64, layers=8, heads=4, mlp_width=256)
+    model = make_model("llama", sizes)
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    save_pretrained(tmp_path, model, jax.tree.map(lambda s: np.ones(s.shape, s.dtype), shapes), shard_bytes=1_000_000)
+    pretrained = open_pretrained(str(tmp_path))
+    pretrained.params(model)  # what is imported and compiled once
+    total = sum(leaf.size * 4 for leaf in jax.tree.leaves(shapes))
+    largest = 8192 * 64 * 4
+    tracemalloc.start()
+    try:
+        pretrained.params(model)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert total < peak <= total + largest + 500_000, (total, peak)
