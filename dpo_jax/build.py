@@ -107,6 +107,7 @@ def make_pipeline(config: Config, parts: Parts, source: Source) -> Pipeline:
         batch_size=config.data.batch_size,
         seed=config.seed,
         mismatched=parts.objective.needs_mismatched,
+        process=(jax.process_index(), jax.process_count()),
     )
 
 
