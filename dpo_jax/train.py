@@ -94,7 +94,7 @@ class Trainer:
         self.pipeline = make_pipeline(config, self.parts, self.data.train)
         self.steps = self._step_count()
         self._train_step = self.parallel.train_step(guarded_step(config, self.parts, self.steps, self.parallel.axis))
-        self._identity = workdir.identity(config, self.data)
+        self._identity = workdir.identity(config, self.data, self.pipeline)
         self._start_hash: str | None = None  # of the parameters that training starts from
         self._reference_hash: str | None = None
 

@@ -14,8 +14,7 @@ from typing import Any, TextIO
 
 from dpo_jax import __version__
 from dpo_jax.config import Config, differences, to_json
-from dpo_jax.data.example import Example
-from dpo_jax.data.pipeline import Source
+from dpo_jax.data.pipeline import Pipeline, source_fingerprint
 from dpo_jax.integrity import sync
 from dpo_jax.sources import Dataset
 
@@ -57,13 +56,14 @@ def finish(workdir: Path, summary: Mapping[str, float]) -> None:
     write_atomically(workdir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
 
 
-def identity(config: Config, data: Dataset) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be this run's: code, config, tokenizer and data, by content."""
+def identity(config: Config, data: Dataset, batches: Pipeline) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be this run's: code, config, tokenizer, data and its order."""
+    train = batches.fingerprint()
     return {
         "version": __version__,
         "config": json.loads(to_json(config)),
         "tokenizer": _hash(data.tokenizer.backend_tokenizer.to_str()),
-        "data": {"train": fingerprint(data.train), "held_out": fingerprint(data.held_out)},
+        "data": {"train": train["data"], "held_out": source_fingerprint(data.held_out), "order": train["pipeline"]},
     }
 
 
@@ -81,17 +81,6 @@ def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
             )
             + f"\nbring back the data, the tokenizer, the code or the config that they were made with; or {_ANEW}"
         )
-
-
-def fingerprint(source: Source) -> str:
-    """Identity of examples by content: what a source says of itself, otherwise a sha256 over all of them."""
-    known = getattr(source, "fingerprint", None)
-    if known is not None:
-        return str(known)
-    digest = hashlib.sha256()
-    for i in range(len(source)):
-        _add(digest, source[i])
-    return digest.hexdigest()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -147,11 +136,3 @@ def _unwritable(workdir: Path, error: OSError) -> OSError:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _add(digest: Any, example: Example) -> None:
-    arrays = [example.prompt] + [a for answer in example.answers for a in (answer.tokens, answer.weights)]
-    labels = [(answer.role, answer.score) for answer in example.answers]
-    digest.update(json.dumps([example.uid, labels, [len(a) for a in arrays]]).encode())
-    for array in arrays:
-        digest.update(array.tobytes())

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import os
 import random
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 
 from absl import app, flags
 
+from dpo_jax import train
+from dpo_jax.config import Config
 from tests import tiny_run
 
 # Many checkpoints, none of them at a line of metrics; epochs end in the middle of a batch.
@@ -33,6 +36,8 @@ VARIANTS = {
     "tr_dpo": {"loss.name": "dpo", "reference.sync_every": 3},
     "beta_dpo": {"loss.name": "beta_dpo"},
 }
+
+_FORK = multiprocessing.get_context("fork")
 
 _KILLS = flags.DEFINE_integer("kills", 50, "how often a training is killed, at least")
 _SEED = flags.DEFINE_integer("seed", 0, "of the moments")
@@ -88,19 +93,28 @@ def run(folder: Path, kills: int, variants: list[str], seed: int) -> Tally:
             return tally
 
 
-def _command(folder: Path, variant: str, workdir: Path) -> list[str]:
+def _start(folder: Path, variant: str, workdir: Path) -> Process:
+    """A training in a process of its own. It is forked: what takes time before a run begins is done already."""
     answers = 1 if variant in ("sft", "kto") else 2
     data = folder / f"data{answers}"
     if not data.is_dir():
         data.mkdir()
-        tiny_run.write_data(data, answers=answers)
-    config = tiny_run.write_config(folder / f"{variant}.py", data, **BASE, **VARIANTS[variant])
-    return tiny_run.command(f"--config={config}", f"--workdir={workdir}")
+        # In a process of its own too: a library that has started threads cannot be forked.
+        writer = _FORK.Process(target=tiny_run.write_data, args=(data,), kwargs={"answers": answers})
+        writer.start()
+        writer.join()
+    config = tiny_run.make_config(data, **BASE, **VARIANTS[variant])
+    process = _FORK.Process(target=_train, args=(config, workdir))
+    process.start()
+    return process
 
 
-def _start(command: list[str], workdir: Path) -> subprocess.Popen[bytes]:
-    with _log(workdir).open("ab") as log:
-        return subprocess.Popen(command, cwd=tiny_run.ROOT, env=tiny_run.environment(), stdout=log, stderr=log)
+def _train(config: Config, workdir: Path) -> None:
+    log = os.open(_log(workdir), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    with tiny_run.compile_cache():
+        train.run(config, workdir)
 
 
 def _log(workdir: Path) -> Path:
@@ -108,14 +122,21 @@ def _log(workdir: Path) -> Path:
 
 
 def _uninterrupted(folder: Path, variant: str) -> tuple[dict[str, bytes], float]:
-    """The results, and how long it takes from the first file to the end."""
-    workdir = folder / f"whole_{variant}"
-    process = _start(_command(folder, variant, workdir), workdir)
-    _wait_for_start(workdir, process)
-    begin = time.monotonic()
-    if process.wait() != 0:
-        raise RuntimeError(f"the uninterrupted run of {variant} failed")
+    """The results, and how long it takes from the first file to the end once all is compiled."""
+    for attempt in ("cold", "warm"):
+        workdir = folder / f"{attempt}_{variant}"
+        process = _start(folder, variant, workdir)
+        _wait_for_start(workdir, process)
+        begin = time.monotonic()
+        _check_ended(process, variant, workdir)
     return tiny_run.results(workdir), time.monotonic() - begin
+
+
+def _check_ended(process: Process, variant: str, workdir: Path) -> None:
+    process.join()
+    if process.exitcode != 0:
+        end = _log(workdir).read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"{variant} in {workdir} ended with {process.exitcode}:\n{end}")
 
 
 def _to_the_end(
@@ -123,7 +144,7 @@ def _to_the_end(
 ) -> None:
     """Starts a run again and again, and kills it, until it has finished."""
     for attempt in itertools.count():
-        process = _start(_command(folder, variant, workdir), workdir)
+        process = _start(folder, variant, workdir)
         # Late attempts are left alone, so that every run comes to its end.
         if attempt < 8 and tally.kills < kills:
             _wait_for_start(workdir, process)
@@ -131,29 +152,27 @@ def _to_the_end(
                 _wait_for_save(workdir, process, rng)
             else:
                 _sleep(process, rng.uniform(0, seconds))
-            if process.poll() is None:
+            if process.is_alive():
                 tally.in_saves += bool(_saving(workdir))
-                process.send_signal(signal.SIGKILL)
-                process.wait()
+                process.kill()
+                process.join()
                 tally.kills += 1
                 continue
-        if process.wait() != 0:
-            end = _log(workdir).read_text(errors="replace")[-2000:]
-            raise RuntimeError(f"{variant} ended with {process.returncode} after {tally.kills} kills:\n{end}")
+        _check_ended(process, variant, workdir)
         return
 
 
-def _wait_for_start(workdir: Path, process: subprocess.Popen[bytes]) -> None:
+def _wait_for_start(workdir: Path, process: Process) -> None:
     """Until the run has its lock: before that, a kill hits imports alone."""
     lock = workdir / ".lock"
     before = lock.read_bytes() if lock.exists() else b""
-    while process.poll() is None and not (lock.exists() and lock.read_bytes() not in (before, b"")):
+    while process.is_alive() and not (lock.exists() and lock.read_bytes() not in (before, b"")):
         time.sleep(0.005)
 
 
-def _wait_for_save(workdir: Path, process: subprocess.Popen[bytes], rng: random.Random) -> None:
+def _wait_for_save(workdir: Path, process: Process, rng: random.Random) -> None:
     for _ in range(rng.randrange(1, 4)):
-        while process.poll() is None and not _saving(workdir):
+        while process.is_alive() and not _saving(workdir):
             time.sleep(0.001)
         _sleep(process, rng.uniform(0, 0.1))
 
@@ -162,9 +181,9 @@ def _saving(workdir: Path) -> list[Path]:
     return list((workdir / "checkpoints").glob(".incomplete-*"))
 
 
-def _sleep(process: subprocess.Popen[bytes], seconds: float) -> None:
+def _sleep(process: Process, seconds: float) -> None:
     end = time.monotonic() + seconds
-    while process.poll() is None and time.monotonic() < end:
+    while process.is_alive() and time.monotonic() < end:
         time.sleep(0.002)
 
 

@@ -176,7 +176,15 @@ def trust_errors(sources: Sources) -> list[str]:
     return errors
 
 
+# Archives that are unpacked whole may hold paths that lead out of their folder; shells read what strangers wrote.
+TRUSTING_CALLS = {"extractall", "unpack_archive", "system", "popen"}
+
+
 def _trusting(node: ast.AST) -> str | None:
+    if isinstance(node, ast.Attribute) and node.attr in TRUSTING_CALLS:
+        return node.attr
+    if isinstance(node, ast.keyword) and node.arg == "shell":
+        return node.arg
     if isinstance(node, ast.Constant) and node.value in ("trust_remote_code", "allow_pickle"):
         return node.value
     if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle"):
@@ -268,7 +276,15 @@ def test_compiler_outside_of_parallel_is_found(line):
 
 
 @pytest.mark.parametrize(
-    "line", ["f(trust_remote_code=True)", "d = {'trust_remote_code': t}", "eval(x)", "f(allow_pickle=p)"]
+    "line",
+    [
+        "f(trust_remote_code=True)",
+        "d = {'trust_remote_code': t}",
+        "eval(x)",
+        "f(allow_pickle=p)",
+        "z.extractall(d)",
+        "run(c, shell=s)",
+    ],
 )
 def test_trust_in_strangers_is_found(line):
     assert len(trust_errors({"dpo_jax.x": line})) == 1
