@@ -39,6 +39,7 @@ LAYERS = {
     "dpo_jax.workdir": 3,
     "dpo_jax.reproducer": 3,
     "dpo_jax.sampling": 2,
+    "dpo_jax.refstore": 2,
     "dpo_jax.config": 3,
     "dpo_jax.sources": 3,
     "dpo_jax.evaluate": 3,
