@@ -1,10 +1,10 @@
 """Reference log-probabilities, computed once and kept: a number for each token of each answer.
 
 A store belongs to one *identity*: the hashes of the reference's weights and of the tokenizer, the template and the
-truncation that made the examples, and the dtype. Its folder is named by the hash of all of them, so that a store of other
-weights is never found, let alone used. Examples are found by their content, whatever the order, split or mixture: a store
-serves training and evaluation, all losses, reductions and layouts, which only sum the tokens differently. With the answer
-``21 22 EOS`` to the prompt ``BOS 11``::
+truncation that made the examples, and the dtype. Its folder is named by the hash of all of them, so that a store of
+other weights is never found, let alone used. Examples are found by their content, whatever the order, split or mixture:
+a store serves training and evaluation, all losses, reductions and layouts, which only sum the tokens differently. With
+the answer ``21 22 EOS`` to the prompt ``BOS 11``::
 
     record   key of (BOS 11 | 21 22 EOS)   logps  −2.5 −0.125 −0.75
 """
