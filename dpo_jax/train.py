@@ -28,7 +28,7 @@ from dpo_jax.build import (
 from dpo_jax.checkpoint import Checkpoints, Retention
 from dpo_jax.config import Config
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
-from dpo_jax.guards import Guarded, Watch
+from dpo_jax.guards import SKIPPED, Guarded, Watch
 from dpo_jax.integrity import hash_tree
 from dpo_jax.logbook import Logbook
 from dpo_jax.parallel import DataParallel, check_divides
@@ -147,8 +147,9 @@ class Trainer:
         """Shows the numbers of a step, and stops the run when too many steps were not finite."""
         if not numbers:
             return
-        if np.isfinite(numbers["loss"]):
-            progress.update(loss=numbers["loss"])
+        if not numbers[SKIPPED]:
+            # A batch without a single unit that the loss looks at has no mean, and is none the worse.
+            progress.update(**({"loss": numbers["loss"]} if np.isfinite(numbers["loss"]) else {}))
             return
         if log.skipped > self.config.train.max_skipped:
             raise self._not_finite(step, self.parallel.unreplicate(carry.state))

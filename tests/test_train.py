@@ -333,6 +333,16 @@ def test_steps_are_left_out_as_many_as_allowed(pairs, tmp_path: Path) -> None:
     assert [row["train/skipped_steps"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
 
 
+def test_a_batch_without_chosen_answers_is_no_step_left_out(singles, tmp_path: Path, caplog) -> None:
+    """Half of the answers are undesirable; in batches of one, sft has nothing to look at every other step."""
+    config = tiny_run.make_config(
+        singles, **QUICK, **{"loss.name": "sft", "data.batch_size": 1, "train.micro_batches": 1}
+    )
+    summary = train.run(config, tmp_path)
+    assert summary["train/skipped_steps"] == 0
+    assert "left out" not in caplog.text
+
+
 def test_steps_left_out_are_remembered_over_a_restart(pairs, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs, **QUICK, **HOT, **{"train.max_skipped": 3})
     interrupted(config, tmp_path, 3, crash=False)
