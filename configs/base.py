@@ -116,7 +116,7 @@ def get_config() -> ConfigDict:
             },
             "prefer": {  # read by python -m dpo_jax.prefer
                 "prompts": 1000,  # prompts whose answers become training pairs
-                "eval_prompts": 100,  # and held-out pairs
+                "eval_prompts": 200,  # and held-out pairs
                 "answers": 4,  # sampled for each prompt; all their pairs are kept
                 "min_prompt": 2,  # tokens of a review, without the BOS
                 "max_prompt": 8,

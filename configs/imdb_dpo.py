@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
     config.optim.update(learning_rate=4e-4, warmup_steps=40, b2=0.98)
     config.train.epochs = 1.0
     config.eval.every = 45
-    config.eval.prompts = 256
+    config.eval.prompts = 200
     config.checkpoint.every = 90
     return config
