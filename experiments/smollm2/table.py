@@ -19,9 +19,11 @@ def main() -> None:
     for path in sys.argv[1:]:
         run = json.loads(Path(path).read_text(encoding="utf-8"))
         steps = run["steps"]
+        # Recordings of orpo have means over tokens under logps/; its rewards are β times those, here and there.
+        logps = "rewards" if run["variant"] == "orpo" else "logps"
         worst = [
             max(relative(step[key]) for step in steps for key in keys if key in step)
-            for keys in (("grad_norm",), ("logps/chosen", "logps/rejected"))
+            for keys in (("grad_norm",), (f"{logps}/chosen", f"{logps}/rejected"))
         ]
         ends = [relative(steps[i]["loss"]) for i in (0, -1)]
         print(f"| {run['variant']} | {len(steps)} | " + " | ".join(f"{x:.1e}" for x in [*ends, *worst]) + " |")
