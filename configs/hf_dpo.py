@@ -1,6 +1,7 @@
 """DPO of a Hugging Face model on a file of preferences (JSONL, JSON, Parquet or CSV); sft by --config.loss.name=sft.
 
-    python -m dpo_jax.train --config=configs/hf_dpo.py --workdir=runs/mine --config.init.hf=MODEL --config.data.path=FILE
+    python -m dpo_jax.train --config=configs/hf_dpo.py --workdir=runs/mine \\
+        --config.init.hf=MODEL --config.data.path=FILE
 
 MODEL is a folder with config.json, safetensors and a tokenizer.
 """

@@ -149,7 +149,7 @@ class Trainer:
             return
         if not numbers[SKIPPED]:
             # A batch without a single unit that the loss looks at has no mean, and is none the worse.
-            progress.update(**({"loss": numbers["loss"]} if np.isfinite(numbers["loss"]) else {}))
+            progress.update(1, **({"loss": numbers["loss"]} if np.isfinite(numbers["loss"]) else {}))
             return
         if log.skipped > self.config.train.max_skipped:
             raise self._not_finite(step, self.parallel.unreplicate(carry.state))
