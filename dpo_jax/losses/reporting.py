@@ -87,6 +87,25 @@ GLOSSARY: dict[str, tuple[str, str]] = {
         "Likelihood displacement: share of chosen (desirable) answers that are less likely than under the reference.",
         "It is above ½: the margin grows only because rejected answers fall faster; try '+ sft', dpop or a larger β.",
     ),
+    "grad_norm": (
+        "L2 norm of the gradient of the whole batch, before clipping.",
+        "It jumps by orders of magnitude, or is far above optim.clip_norm at every step: lower the learning rate.",
+    ),
+    "learning_rate": (
+        "The rate of the step, after warmup and decay.",
+        "It is not what the schedule should give.",
+    ),
+    "tokens": (
+        "Target tokens seen since the start of the run.",
+        "It grows by less a step than the data's mean length suggests: answers are cut or masked.",
+    ),
+    "samples/<number>": (
+        "Of answers sampled to held-out prompts: reward (P under the ground truth), kl (mean log-ratio to the start of "
+        "the run, an unbiased estimate of KL(policy ‖ reference) in nats a sequence), their standard errors (_se), "
+        "length in tokens, eos_share, repetition (share of trigrams that repeat).",
+        "kl grows while reward does not: over-optimisation. eos_share falls or repetition rises: the policy exploits "
+        "the judge rather than writing better.",
+    ),
     "<loss>/<number>": (
         "A number of the whole batch that a loss uses: KTO's reference point z (nats), BCO's shift δ, β-DPO's β.",
         "z stays at 0 or grows without end; δ runs away from 0; the dynamic β sits at its floor.",

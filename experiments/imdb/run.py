@@ -7,13 +7,14 @@ KL. A stage that is finished is not run again; one that was interrupted continue
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.util
 import sys
 import time
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import app, logging
 
 from dpo_jax import prefer, sources, train
 from dpo_jax.config import Config, from_config_dict
@@ -21,19 +22,29 @@ from dpo_jax.main import user_errors
 from dpo_jax.progress import duration, stage
 from experiments.imdb import report
 
-_WORKDIR = flags.DEFINE_string("workdir", "runs/imdb", "folder of the experiment: made when new, continued when not")
-_CONFIGS = flags.DEFINE_string(
-    "configs", "configs/imdb_{stage}.py", "config of each stage; {stage} becomes sft, preferences and dpo"
-)
-_SEED = flags.DEFINE_integer("seed", 0, "of initial parameters, data order and draws, in all stages")
 
-
-def main(argv: list[str]) -> None:
+def main() -> None:
     """Runs the stages one after the other and ends with the table, the samples and the picture."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-    with user_errors():
-        run(Path(_WORKDIR.value), _CONFIGS.value, _SEED.value)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        default=Path("runs/imdb"),
+        help="folder of the experiment: made when new, continued when not",
+    )
+    parser.add_argument(
+        "--configs",
+        default="configs/imdb_{stage}.py",
+        help="config of each stage; {stage} becomes sft, preferences and dpo (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of first parameters, data order and draws, in all stages")
+    arguments = parser.parse_args()
+
+    def start(_: list[str]) -> None:
+        with user_errors():
+            run(arguments.workdir, arguments.configs, arguments.seed)
+
+    app.run(start, argv=sys.argv[:1])
 
 
 def run(workdir: Path, configs: str, seed: int) -> dict[str, float]:
@@ -82,5 +93,4 @@ def _config(configs: str, name: str, workdir: Path, seed: int) -> Config:
 
 
 if __name__ == "__main__":
-    sys.modules["__main__"].__doc__ = __doc__
-    app.run(main)
+    main()
