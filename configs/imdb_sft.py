@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.data.answer_length = 63
     # Whole openings side by side in rows without padding; small batches, since the number of updates is what is short.
     config.data.update(layout="packed", row_length=128, batch_size=4)
+    config.parallel.devices = 1  # four rows are too few to share
     config.loss.name = "sft"
     config.optim.update(learning_rate=1e-3, b2=0.98, weight_decay=0.1, warmup_steps=60)
     config.train.steps = 1200
