@@ -113,8 +113,7 @@ def _train(config: Config, workdir: Path) -> None:
     log = os.open(_log(workdir), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    with tiny_run.compile_cache():
-        train.run(config, workdir)
+    train.run(config, workdir)
 
 
 def _log(workdir: Path) -> Path:

@@ -30,7 +30,7 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _compile_cache() -> Iterator[None]:
     with tiny_run.compile_cache():
         yield

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -90,42 +87,36 @@ def results(workdir: Path) -> dict[str, bytes]:
     return content | {f"{last}/{name}": value.encode() for name, value in meta["sha256"].items()}
 
 
-@functools.cache
-def cache_folder() -> str:
-    """Where compiled programs are kept while the tests run: a run that starts anew need not compile anew."""
-    folder = tempfile.mkdtemp(prefix="dpo_jax_cache_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
 @contextlib.contextmanager
 def compile_cache() -> Iterator[None]:
-    """Keeps compiled programs, in this process, while the block runs."""
-    names = {
-        "jax_compilation_cache_dir": cache_folder(),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in names.items():
+    """Keeps compiled programs while the block runs, so that a run that starts anew need not compile anew.
+
+    The cache belongs to this process alone: one that is killed while it writes an entry leaves half of it, and reading
+    that ends the reader.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo_jax_cache_") as folder:
+        values = {
+            "jax_compilation_cache_dir": folder,
+            "jax_persistent_cache_min_compile_time_secs": 0.0,
+            "jax_persistent_cache_min_entry_size_bytes": -1,
+        }
+        before = {name: getattr(jax.config, name) for name in values}
+        _configure(values)
+        try:
+            yield
+        finally:
+            _configure(before)
+
+
+def _configure(values: dict[str, Any]) -> None:
+    for name, value in values.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()  # whether there is one is looked up at the first compilation only
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 def environment() -> dict[str, str]:
-    """Of programs that tests start: one device, and the cache."""
-    cache = {
-        "JAX_COMPILATION_CACHE_DIR": cache_folder(),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-    return {**os.environ, **cache, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    """Of programs that tests start: one device."""
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def command(*arguments: str, program: str = "dpo_jax.train") -> list[str]:
