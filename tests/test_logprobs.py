@@ -64,14 +64,16 @@ def test_weights_scale_the_targets_and_zero_removes_them() -> None:
     np.testing.assert_array_equal(none.sum, np.zeros((4, 1, 1)))
 
 
-def test_prompt_tokens_get_no_gradient_as_targets() -> None:
-    """The head's row of a token that stands in the prompt alone is touched by the softmax, never as a target."""
+def test_targets_are_the_answers_tokens_and_no_prompt_token_is_one() -> None:
     shape = Shape(answers=1, prompt_length=3, answer_length=3)
-    batch = concatenated(random_examples(3, shape, seed=2), shape)
-    assert not np.any(batch.weight_RM[batch.source_RM < 0])
-    first_targets = batch.source_RM[:, 0]
-    lengths = (batch.branch_RL == 0) & (batch.group_RL != 0)
-    np.testing.assert_array_equal(first_targets, lengths.sum(axis=1) - 1)
+    examples = random_examples(5, shape, seed=2)
+    batch = concatenated(examples, shape)
+    for row, example in enumerate(examples):
+        counts = batch.weight_RM[row] > 0
+        np.testing.assert_array_equal(batch.target_RM[row][counts], example.answers[0].tokens)
+        np.testing.assert_array_equal(
+            batch.source_RM[row][counts], len(example.prompt) - 1 + np.arange(len(example.answers[0].tokens))
+        )
 
 
 def _shapes(jaxpr) -> set[tuple[int, ...]]:
