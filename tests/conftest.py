@@ -17,11 +17,21 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 
+from collections.abc import Iterator
+
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # Compiling takes as long as it takes, and a failure must show again on the next run.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Drops compiled programs after each file: thousands of them use up the memory mappings of a process."""
+    yield
+    jax.clear_caches()

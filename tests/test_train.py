@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -28,12 +27,6 @@ VARIANTS = {
     "beta_dpo": {"loss.name": "beta_dpo"},  # remembers a running mean
     "kto": {"loss.name": "kto"},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _compile_cache() -> Iterator[None]:
-    with tiny_run.compile_cache():
-        yield
 
 
 @pytest.fixture(scope="module")

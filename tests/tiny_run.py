@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import base
@@ -85,33 +80,6 @@ def results(workdir: Path) -> dict[str, bytes]:
     last = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     meta = json.loads((workdir / "checkpoints" / str(last) / "meta.json").read_text())
     return content | {f"{last}/{name}": value.encode() for name, value in meta["sha256"].items()}
-
-
-@contextlib.contextmanager
-def compile_cache() -> Iterator[None]:
-    """Keeps compiled programs while the block runs, so that a run that starts anew need not compile anew.
-
-    The cache belongs to this process alone: one that is killed while it writes an entry leaves half of it, and reading
-    that ends the reader.
-    """
-    with tempfile.TemporaryDirectory(prefix="dpo_jax_cache_") as folder:
-        values = {
-            "jax_compilation_cache_dir": folder,
-            "jax_persistent_cache_min_compile_time_secs": 0.0,
-            "jax_persistent_cache_min_entry_size_bytes": -1,
-        }
-        before = {name: getattr(jax.config, name) for name in values}
-        _configure(values)
-        try:
-            yield
-        finally:
-            _configure(before)
-
-
-def _configure(values: dict[str, Any]) -> None:
-    for name, value in values.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()  # whether there is one is looked up at the first compilation only
 
 
 def environment() -> dict[str, str]:
