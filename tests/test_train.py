@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -27,6 +28,13 @@ VARIANTS = {
     "beta_dpo": {"loss.name": "beta_dpo"},  # remembers a running mean
     "kto": {"loss.name": "kto"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _forget_programs() -> Iterator[None]:
+    """Each run compiles its own programs, and no later one needs them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="module")
