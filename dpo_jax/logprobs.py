@@ -37,13 +37,32 @@ def score(model: nn.Module, params: Params, batch: TokenBatch, grouping: tuple[i
     Returns:
       SequenceLogps of shape [X, A, C].
     """
+    return _sum_slots(target_scores(model, params, batch, chunk), batch, grouping)
+
+
+def target_scores(model: nn.Module, params: Params, batch: TokenBatch, chunk: int) -> TokenScores:
+    """Scores of all targets of a batch, [R, M]; arguments as of :func:`score`."""
     variables = {"params": params}
     mask = training_mask(batch.group_RL, batch.branch_RL)
     hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask)
     hidden_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
     head_VD = model.apply(variables, method="head")
-    scores = token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap)
-    return _sum_slots(scores, batch, grouping)
+    return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap)
+
+
+def stored(batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
+    """The reference's scores as they are stored in a batch, without a model.
+
+    Args:
+      batch: with ``reference_RM``.
+      grouping: (A, C), as of :func:`score`.
+
+    Returns:
+      SequenceLogps of shape [X, A, C]; entropy and overlap, which are read of a policy alone, are 0.
+    """
+    assert batch.reference_RM is not None
+    zeros = jnp.zeros_like(batch.weight_RM)
+    return _sum_slots(TokenScores(batch.reference_RM, zeros, batch.reference_RM), batch, grouping)
 
 
 def token_scores(

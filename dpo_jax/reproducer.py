@@ -138,7 +138,8 @@ def _batch_like(described: Mapping[str, str]) -> PreferenceBatch:
         names = {field.name: f"batch/{part}/{field.name}" for field in dataclasses.fields(TokenBatch)}
         if not described.keys() & set(names.values()):
             return None
-        return TokenBatch(**{name: typing.cast(Array, _shape(described[path])) for name, path in names.items()})
+        found = {name: _shape(described[path]) for name, path in names.items() if path in described}
+        return TokenBatch(**typing.cast(dict[str, Array], found))
 
     answers = rows("answers")
     assert answers is not None

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
-from dpo_jax.logprobs import group, score
+from dpo_jax.logprobs import group, score, stored
 from dpo_jax.losses.objective import Objective, Scored, Totals
 from dpo_jax.metrics import Metrics, Ratio, Total
 from dpo_jax.optim import schedule
@@ -37,7 +37,8 @@ class TrainState:
     Attributes:
       step: int32 scalar, updates done.
       params: the policy.
-      reference: the frozen reference; None when the objective needs none. The optimizer never sees it.
+      reference: the frozen reference; None when the objective needs none or its log-probabilities are stored. The
+        optimizer never sees it.
       opt_state: optax's.
       loss_state: what the losses' statistics remember.
     """
@@ -197,7 +198,9 @@ class Scorer:
         return score(self.model, params, batch, self.grouping, self.chunk)
 
     def reference(self, params: Params | None, batch: TokenBatch) -> SequenceLogps:
-        """[X, A, C] without a gradient; zeros when the objective needs no reference."""
+        """[X, A, C] without a gradient: as stored in the batch, where they are; zeros when the objective needs none."""
+        if batch.reference_RM is not None:
+            return stored(batch, self.grouping)
         if params is None:
             zeros = jnp.zeros_like(group(batch.role_RS, self.grouping), jnp.float32)
             return SequenceLogps(zeros, zeros, zeros, zeros, zeros)
@@ -207,7 +210,10 @@ class Scorer:
         """(log-ratios in nats, which of them are real), both [R·S], without a gradient."""
         grouping = (batch.role_RS.shape[1], 1)
         policy = score(self.model, state.params, batch, grouping, self.chunk)
-        reference = score(self.model, state.reference, batch, grouping, self.chunk)
+        if batch.reference_RM is not None:
+            reference = stored(batch, grouping)
+        else:
+            reference = score(self.model, state.reference, batch, grouping, self.chunk)
         return self.objective.mismatched_ratio(policy, reference).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
 
     def scored(self, policy: SequenceLogps, reference: SequenceLogps, batch: TokenBatch) -> Scored:

@@ -53,6 +53,8 @@ class TokenBatch:
       weight_RM: float32, 0 is padding or a masked turn, 1 counts; any weight ≥ 0 is allowed.
       role_RS: int32, what the slot holds: UNUSED, CHOSEN (or desirable), REJECTED (or undesirable) or PROMPT.
       score_RS: float32, the annotator's score of the answer, 0 where there is none.
+      reference_RM: float32, stored log-probability of target m under the reference, nats; None where the reference is
+        scored in the step.
     """
 
     tokens_RL: Array
@@ -65,6 +67,7 @@ class TokenBatch:
     weight_RM: Array
     role_RS: Array
     score_RS: Array
+    reference_RM: Array | None = None
 
 
 @struct.dataclass

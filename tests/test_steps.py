@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import numpy as np
 import pytest
+from scipy.special import log_softmax
 
-from dpo_jax.data.layouts import Shape
+from dpo_jax.data.example import Answer, Example
+from dpo_jax.data.layouts import LAYOUTS, Shape
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.losses import LOSSES
+from dpo_jax.losses.objective import make_objective
 from dpo_jax.types import REJECTED, PreferenceBatch
 from tests.tiny import lay_out, random_examples, setup
 
@@ -169,3 +174,62 @@ def test_unpaired_data_trains_with_kto() -> None:
     assert (batches[0].answers.role_RS == REJECTED).any(), "both kinds must occur"
     one, two = setup("kto", answers=1).run(batches), setup("kto", answers=1, devices=4).run(batches, 2)
     assert_same_run(two, one)
+
+
+# --- stored log-probabilities of the reference -----------------------------------------------------------------------
+
+# Mismatched answers, a loss of the whole batch, slots for prompts, and tokens past the shortest answer.
+ALL_KINDS = make_objective("dpo + 0.5*kto + 0.3*aot + 0.2*orpo", reduction="desensitized")[0]
+
+
+def run_all_kinds(layout: str, stored: bool):
+    s = setup("dpo + 0.5*kto + 0.3*aot + 0.2*orpo", objective={"reduction": "desensitized"})
+    shape = Shape(2, 5, 8, ALL_KINDS.needs_prompt, row_length=40, row_examples=4, with_reference=stored)
+    source = random_examples(3 * ROWS, shape)
+    pipeline = Pipeline(source, shape, layout=layout, batch_size=8, seed=0, mismatched=ALL_KINDS.needs_mismatched)
+    if stored:
+        pipeline.attach = attach_bigram(s.parallel.unreplicate(s.state.reference))
+        s.state = s.state.replace(reference=None)
+    state, metrics = s.run([pipeline.batch(step) for step in range(3)])
+    return state.replace(reference=None), metrics
+
+
+@functools.cache
+def scored_run(packed: bool):
+    return run_all_kinds("packed" if packed else "concatenated", stored=False)
+
+
+def attach_bigram(params) -> Callable[[Example], Example]:
+    """Gives answers the log-probabilities of a Bigram: token after token, in float64."""
+    logits = np.asarray(params["token_embedding"], np.float64) @ np.asarray(params["kernel"], np.float64).T
+    logps = log_softmax(logits, axis=-1)
+
+    def attach(example: Example) -> Example:
+        def of(answer: Answer) -> Answer:
+            before = np.concatenate([example.prompt[-1:], answer.tokens[:-1]])
+            return replace(answer, reference=logps[before, answer.tokens].astype(np.float32))
+
+        return replace(example, answers=tuple(map(of, example.answers)))
+
+    return attach
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_stored_reference_changes_nothing(layout: str) -> None:
+    """Loss, metrics and three updates are those of a reference that is scored in the step."""
+    assert_same_run(run_all_kinds(layout, stored=True), scored_run(layout == "packed"))
+
+
+def test_with_a_stored_reference_none_is_kept_or_scored() -> None:
+    def products(loss: str, stored: bool) -> int:
+        s = setup(loss)
+        if stored:
+            s.state = s.state.replace(reference=None)
+        batch = batches_for("dpo", 1)[0]
+        if stored:
+            answers = batch.answers
+            batch = batch.replace(answers=answers.replace(reference_RM=np.zeros_like(answers.weight_RM)))
+        return s.step.lower(s.state, s.parallel.shard(batch, 1), s.hyper).as_text().count("dot_general")
+
+    without = products("cpo", stored=False)
+    assert products("dpo", stored=True) == without < products("dpo", stored=False)

@@ -16,12 +16,15 @@ class Answer:
       weights: float32 [n], how much each token counts: 1, or 0 in a masked turn.
       role: CHOSEN (or desirable) or REJECTED (or undesirable), of ``dpo_jax.types``.
       score: the annotator's score, 0 where there is none.
+      reference: float32 [n], stored log-probabilities of the tokens under the reference, nats; None where it is scored
+        in the step.
     """
 
     tokens: np.ndarray
     weights: np.ndarray
     role: int
     score: float = 0.0
+    reference: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

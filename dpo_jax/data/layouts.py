@@ -7,13 +7,16 @@ To add one, write a function ``(examples, shape) → TokenBatch`` and its line i
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dpo_jax.data.example import Answer, Example
-from dpo_jax.types import PROMPT, TokenBatch
+from dpo_jax.types import PROMPT, UNUSED, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Shape:
       prompt_length: longest prompt, tokens, its BOS included.
       answer_length: longest answer, tokens, its EOS included.
       with_prompt: whether each answer's slot is followed by one for its prompt.
+      with_reference: whether the answers carry stored log-probabilities of the reference.
       row_length: positions of a row of the packed layout; None where another layout is used.
       row_examples: most examples in a row of the packed layout.
     """
@@ -35,6 +39,7 @@ class Shape:
     with_prompt: bool = False
     row_length: int | None = None
     row_examples: int = 8
+    with_reference: bool = False
 
     @property
     def sequence_length(self) -> int:
@@ -42,12 +47,22 @@ class Shape:
         return self.prompt_length + self.answer_length
 
 
+class _Targets(NamedTuple):
+    """What a slot predicts; arrays of one length."""
+
+    sources: np.ndarray
+    tokens: np.ndarray
+    weights: np.ndarray
+    reference: np.ndarray | None
+    slot: int
+
+
 class _Row:
     """One row being filled: tokens, then the targets that they predict."""
 
     def __init__(self) -> None:
         self.inputs: list[tuple[np.ndarray, np.ndarray, int, int]] = []  # tokens, positions, group, branch
-        self.targets: list[tuple[np.ndarray, np.ndarray, np.ndarray, int]] = []  # sources, tokens, weights, slot
+        self.targets: list[_Targets] = []
         self.slots: list[tuple[int, float]] = []  # role, score
         self.length = 0
 
@@ -65,7 +80,8 @@ class _Row:
         """
         start = self.add_input(answer.tokens[:-1], len(prompt), group, branch)
         sources = np.concatenate([[prompt_start + len(prompt) - 1], start + np.arange(len(answer.tokens) - 1)])
-        self.add_targets(sources, answer.tokens, answer.weights, answer.role, answer.score)
+        targets = _Targets(sources, answer.tokens, answer.weights, answer.reference, len(self.slots))
+        self.add_slot(targets, answer.role, answer.score)
 
     def add_example(self, example: Example, with_prompt: bool, group: int) -> None:
         """Appends the prompt once, and its answers as branches."""
@@ -78,14 +94,13 @@ class _Row:
     def add_prompt_slot(self, prompt_start: int, prompt: np.ndarray, used: bool) -> None:
         """A slot for the prompt's own targets; empty unless ``used``, so that a prompt counts once."""
         n = len(prompt) - 1 if used else 0
-        self.add_targets(
-            prompt_start + np.arange(n), prompt[1 : n + 1], np.ones(n, np.float32), PROMPT if used else 0, 0.0
-        )
+        # No loss reads the reference's log-probability of a prompt: 0 is stored for it.
+        ones, zeros = np.ones(n, np.float32), np.zeros(n, np.float32)
+        targets = _Targets(prompt_start + np.arange(n), prompt[1 : n + 1], ones, zeros, len(self.slots))
+        self.add_slot(targets, PROMPT if used else UNUSED, 0.0)
 
-    def add_targets(
-        self, sources: np.ndarray, tokens: np.ndarray, weights: np.ndarray, role: int, score: float
-    ) -> None:
-        self.targets.append((sources, tokens, weights, len(self.slots)))
+    def add_slot(self, targets: _Targets, role: int, score: float) -> None:
+        self.targets.append(targets)
         self.slots.append((role, score))
 
 
@@ -208,7 +223,29 @@ LAYOUTS: dict[str, Callable[[Sequence[Example], Shape], TokenBatch]] = {
 def pad_rows(batch: TokenBatch, rows: int) -> TokenBatch:
     """Appends rows of padding until there are ``rows``; their slots are UNUSED and count nowhere."""
     missing = rows - batch.tokens_RL.shape[0]
-    return TokenBatch(**{name: np.pad(a, ((0, missing), (0, 0))) for name, a in vars(batch).items()})
+    return jax.tree.map(lambda a: np.pad(a, ((0, missing), (0, 0))), batch)
+
+
+def split_targets(
+    values_RM: np.ndarray, batch: TokenBatch, examples: Sequence[Example]
+) -> list[tuple[np.ndarray, ...]]:
+    """Values of targets, back by example: what a layout does to the answers' tokens, undone.
+
+    Args:
+      values_RM: a value for each target.
+      batch: what a layout made of the examples, without slots for prompts.
+      examples: the examples, in the same order.
+
+    Returns:
+      For each example, [n] for each of its answers.
+    """
+    lengths = iter([len(answer.tokens) for example in examples for answer in example.answers])
+    found = []
+    for values_M, role_S in zip(values_RM, np.asarray(batch.role_RS), strict=True):
+        borders = np.cumsum([next(lengths) for _ in np.flatnonzero(role_S != UNUSED)])
+        found += np.split(values_M, borders)[:-1]
+    answers = iter(found)
+    return [tuple(itertools.islice(answers, len(example.answers))) for example in examples]
 
 
 def _check(example: Example, shape: Shape) -> None:
@@ -233,6 +270,7 @@ class _Size:
     length: int
     targets: int
     slots: int
+    with_reference: bool
 
 
 def _size(shape: Shape, answers: int) -> _Size:
@@ -241,6 +279,7 @@ def _size(shape: Shape, answers: int) -> _Size:
         length=shape.prompt_length + answers * (shape.answer_length - 1),
         targets=answers * shape.answer_length + shape.with_prompt * (shape.prompt_length - 1),
         slots=answers * (1 + shape.with_prompt),
+        with_reference=shape.with_reference,
     )
 
 
@@ -250,15 +289,20 @@ def _row_size(shape: Shape, row_length: int) -> _Size:
         length=row_length,
         targets=row_length + shape.row_examples * (shape.answers - 1),
         slots=shape.row_examples * shape.answers * (1 + shape.with_prompt),
+        with_reference=shape.with_reference,
     )
+
+
+_FLOATS = ("weight_RM", "score_RS", "reference_RM")
 
 
 def _stack(rows: Sequence[_Row], size: _Size) -> TokenBatch:
     """Copies filled rows into arrays of one static shape; what is not filled is padding."""
     shapes = {"RL": (len(rows), size.length), "RM": (len(rows), size.targets), "RS": (len(rows), size.slots)}
     out = {
-        name: np.zeros(shapes[name[-2:]], np.float32 if name in ("weight_RM", "score_RS") else np.int32)
+        name: np.zeros(shapes[name[-2:]], np.float32 if name in _FLOATS else np.int32)
         for name in TokenBatch.__dataclass_fields__
+        if name != "reference_RM" or size.with_reference
     }
     for r, row in enumerate(rows):
         at = 0
@@ -267,10 +311,13 @@ def _stack(rows: Sequence[_Row], size: _Size) -> TokenBatch:
             out["tokens_RL"][r, span], out["position_RL"][r, span] = tokens, positions
             out["group_RL"][r, span], out["branch_RL"][r, span] = group, branch
         at = 0
-        for sources, tokens, weights, slot in row.targets:
-            span = slice(at, at := at + len(tokens))
-            out["source_RM"][r, span], out["target_RM"][r, span] = sources, tokens
-            out["weight_RM"][r, span], out["slot_RM"][r, span] = weights, slot
+        for targets in row.targets:
+            span = slice(at, at := at + len(targets.tokens))
+            out["source_RM"][r, span], out["target_RM"][r, span] = targets.sources, targets.tokens
+            out["weight_RM"][r, span], out["slot_RM"][r, span] = targets.weights, targets.slot
+            if size.with_reference:
+                assert targets.reference is not None
+                out["reference_RM"][r, span] = targets.reference
         for s, (role, score) in enumerate(row.slots):
             out["role_RS"][r, s], out["score_RS"][r, s] = role, score
     return TokenBatch(**out)

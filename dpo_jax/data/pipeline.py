@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol
 
@@ -75,6 +75,7 @@ class Pipeline:
       process: (index, count) of this process; it makes its share of each batch.
 
     Attributes:
+      attach: gives an example's answers their stored log-probabilities, for a shape that promises them.
       filling: how full the rows made so far are.
 
     Raises:
@@ -101,6 +102,7 @@ class Pipeline:
                 f"data.batch_size {batch_size} does not divide over {process[1]} processes; choose a multiple"
             )
         self.source, self.shape, self.batch_size, self.mismatched = source, shape, batch_size, mismatched
+        self.attach: Callable[[Example], Example] = lambda example: example
         self.filling = Filling(0, 0, 0, 0, set())
         self._layout_name, self._layout, self._seed, self._process = layout, LAYOUTS[layout], seed, process
         self._packs = layout == "packed"
@@ -125,6 +127,20 @@ class Pipeline:
         """Each example once; the last batch is filled up with rows of padding."""
         for rows in self._order.in_order():
             yield self._lay_out(rows)
+
+    def scored(self, steps: int | None = None) -> Iterator[Example]:
+        """The source's examples, and the mismatched ones (other examples' answers) of so many steps.
+
+        Args:
+          steps: of a training run, from its first; None takes the batches of an evaluation.
+
+        Yields:
+          Everything whose answers the batches hold; some of it more than once.
+        """
+        yield from (self.source[i] for i in range(len(self.source)))
+        if self.mismatched:
+            for rows in self._order.in_order() if steps is None else map(self._order.rows, range(steps)):
+                yield from mismatch([e for row in rows for e in self._read(row)])
 
     def steps(self, epochs: float) -> int:
         """Steps of so many passes over the source; at least 1."""
@@ -180,10 +196,10 @@ class Pipeline:
         return rows[index * size : (index + 1) * size]
 
     def _pad(self, examples: Sequence[Example], shape: Shape, rows: int) -> TokenBatch:
-        batch = self._layout(examples, shape)
+        batch = self._layout([self.attach(e) for e in examples], shape)
         rows_per_place = 1 if self._packs or not examples else batch.tokens_RL.shape[0] // len(examples)
         if not examples and not self._packs:
-            rows_per_place = self._layout([self.source[0]], shape).tokens_RL.shape[0]
+            rows_per_place = self._layout([self.attach(self.source[0])], shape).tokens_RL.shape[0]
         return pad_rows(batch, rows // self._process[1] * rows_per_place)
 
     def _count(self, batch: TokenBatch, examples: int) -> None:
