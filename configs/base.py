@@ -75,6 +75,7 @@ def get_config() -> ConfigDict:
                 "length_alpha": placeholder(float),  # α of the reduction "desensitized"
             },
             "reference": {
+                "store": placeholder(str),  # folder where its log-probabilities are kept, computed once; None: no store
                 "sync_every": placeholder(int),  # TR-DPO: steps between moves toward the policy; None is never
                 "sync_rate": 0.6,  # share of the policy in each move
             },

@@ -69,6 +69,7 @@ def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
             objective.needs_prompt,
             config.data.row_length,
             config.data.row_examples,
+            with_reference=config.reference.store is not None,
         ),
     )
 
@@ -147,13 +148,21 @@ def param_shapes(parts: Parts) -> Params:
 
 def state_shapes(parts: Parts) -> TrainState:
     """Shapes of the whole training state; nothing is computed."""
-    return jax.eval_shape(lambda p: init_state(parts.objective, parts.optimizer, p, p), param_shapes(parts))
+    shapes = param_shapes(parts)
+    return jax.eval_shape(
+        lambda p, r: init_state(parts.objective, parts.optimizer, p, r), shapes, _reference(parts, shapes)
+    )
 
 
 def fresh_state(parts: Parts, params: Params) -> TrainState:
-    """The state before the first step: the reference is a copy of the policy."""
+    """The state before the first step: the reference is a copy of the policy, where the steps read one."""
     # A copy: the policy's buffers are reused by every step, the reference's stay.
-    return init_state(parts.objective, parts.optimizer, params, jax.tree.map(np.array, params))
+    return init_state(parts.objective, parts.optimizer, params, jax.tree.map(np.array, _reference(parts, params)))
+
+
+def _reference(parts: Parts, params: Params) -> Params | None:
+    """Those of the parameters that the steps keep as a reference: none when its log-probabilities are stored."""
+    return None if parts.shape.with_reference else params
 
 
 def guarded(state: TrainState, skipped: int) -> Guarded:

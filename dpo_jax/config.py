@@ -78,6 +78,7 @@ class LossConfig:
 
 @dataclass(frozen=True)
 class ReferenceConfig:
+    store: str | None
     sync_every: int | None
     sync_rate: float
 
@@ -267,7 +268,17 @@ def _check(c: Config) -> None:
             f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
             f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"
         )
-    c.objective()
+    objective, _ = c.objective()
+    if c.reference.store is not None and not objective.needs_reference:
+        raise ValueError(
+            f"config.reference.store is set, but loss {c.loss.name!r} reads no reference: there is nothing to store; "
+            "leave config.reference.store unset"
+        )
+    if c.reference.store is not None and c.reference.sync_every is not None:
+        raise ValueError(
+            "config.reference.store keeps the log-probabilities of a reference that stands still, and with "
+            f"config.reference.sync_every {c.reference.sync_every} it moves: leave one of the two unset"
+        )
 
 
 # Numbers that may be 0; all others are above it.

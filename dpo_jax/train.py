@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import reproducer, sources, workdir
+from dpo_jax import reference, reproducer, sources, workdir
 from dpo_jax.build import (
     build,
     check_examples,
@@ -92,6 +92,8 @@ class Trainer:
         for advice in self.parts.objective.advice(roles[CHOSEN], roles[REJECTED], self.parts.hyper.loss):
             logging.warning("%s", advice)
         self.pipeline = make_pipeline(config, self.parts, self.data.train)
+        held_out = _Head(self.data.held_out, config.eval.examples) if config.eval.examples else None
+        self.held_out = None if held_out is None else make_pipeline(config, self.parts, held_out)
         self.steps = self._step_count()
         self._train_step = self.parallel.train_step(guarded_step(config, self.parts, self.steps, self.parallel.axis))
         self._identity = workdir.identity(config, self.data, self.pipeline)
@@ -110,9 +112,25 @@ class Trainer:
                 if memory is not None:
                     log.remember(memory)
                 if start < self.steps:
+                    self._attach_reference()
                     self._announce(state, start)
                     self._loop(state, log, checkpoints, stop)
             return log.latest
+
+    def _attach_reference(self) -> None:
+        """Gives the batches the reference's stored log-probabilities, where the config asks for it."""
+        root = self.config.reference.store
+        if root is None:
+            return
+        assert self._start_hash is not None
+        identity = reference.identity_of(self.config, self.parts, self.data.tokenizer, self._start_hash)
+        needs = [reference.need_of(self.pipeline, self.steps)]
+        if self.held_out is not None:
+            needs.append(reference.need_of(self.held_out, None))
+        score = reference.ReferencePass(self.config, self.parts, self.parallel, self._start_params)
+        store = reference.open_store(root, identity, needs, score)
+        for pipeline in filter(None, (self.pipeline, self.held_out)):
+            pipeline.attach = store.attach
 
     def _loop(self, state: TrainState, log: Logbook, checkpoints: Checkpoints, stop: StopRequest) -> None:
         start = int(state.step)
@@ -271,12 +289,11 @@ class Trainer:
     def _evaluators(self) -> dict[str, Evaluator]:
         evaluators: dict[str, Evaluator] = {}
         settings, parts = self.config.eval, self.parts
-        if settings.examples:
+        if self.held_out is not None:
             step = make_eval_step(
                 parts.model, parts.objective, self.data.answers, self.config.train.head_chunk, self.parallel.axis
             )
-            held_out = make_pipeline(self.config, parts, _Head(self.data.held_out, settings.examples))
-            evaluators["eval"] = HeldOutLoss(held_out, self.parallel.eval_step(step), self.parallel)
+            evaluators["eval"] = HeldOutLoss(self.held_out, self.parallel.eval_step(step), self.parallel)
         if settings.prompts:
             evaluators["samples"] = self._sampled_answers()
         return evaluators

@@ -36,6 +36,7 @@ LAYERS = {
     "dpo_jax.logbook": 3,
     "dpo_jax.start": 3,
     "dpo_jax.build": 3,
+    "dpo_jax.reference": 3,
     "dpo_jax.workdir": 3,
     "dpo_jax.reproducer": 3,
     "dpo_jax.sampling": 2,

@@ -12,7 +12,7 @@ from dpo_jax.data.layouts import Shape
 from dpo_jax.refstore import ReferenceStore, write_store
 from tests.tiny import random_examples
 
-ME = dict(weights="w", tokenizer="t", template="plain", truncation="keep_end 9 55", dtype="float32")
+ME = {name: name for name in refstore.IDENTITY}
 EXAMPLES = random_examples(12, Shape(2, 6, 9))
 
 
