@@ -37,6 +37,7 @@ class DataConfig:
     batch_size: int
     eval_path: str | None
     eval_share: float
+    mixture_seed: int
     tokenizer: str | None
     template: str
     turns: str
@@ -284,6 +285,7 @@ def _check(c: Config) -> None:
 # Numbers that may be 0; all others are above it.
 _MAY_BE_ZERO = {
     "seed",
+    "data.mixture_seed",
     "optim.warmup_steps",
     "optim.weight_decay",
     "optim.b1",

@@ -23,7 +23,8 @@ from dpo_jax.config import Config, to_json
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.imdb import load_reviews
 from dpo_jax.data.pairs import pairs_of
-from dpo_jax.data.prepared import is_prepared, write_examples
+from dpo_jax.data.prepared import is_prepared
+from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.data.windows import prompt_tokens, review_windows
 from dpo_jax.evaluate import Completer

@@ -86,7 +86,7 @@ def files(data: DataConfig) -> Dataset:
         prepared_parts.append(prepare(request, encoder, fingerprint, Path(data.dir)))
     train = [PreparedExamples(place, "train", fingerprint) for place in prepared_parts]
     tests = [PreparedExamples(place, "eval", fingerprint) for place in prepared_parts[: 1 if held_out else None]]
-    mixed = Mixture(train, [part.weight for part in parts])
+    mixed = Mixture(train, [part.weight for part in parts], data.mixture_seed)
     return Dataset(mixed, Mixture(tests, [1.0] * len(tests)), mixed.answers, tokenizer)
 
 

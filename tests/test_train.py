@@ -14,7 +14,7 @@ from absl import logging
 from configs import base
 from dpo_jax import reproducer, train, workdir
 from dpo_jax.checkpoint import Checkpoints
-from dpo_jax.data.prepared import write_examples
+from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.steps import TrainState
 from dpo_jax.stopping import Stopped

@@ -16,7 +16,7 @@ from configs import base
 from dpo_jax.config import Config, from_config_dict
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.imdb import Review
-from dpo_jax.data.prepared import write_examples
+from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import save_tokenizer, tokenizer_fingerprint, train_tokenizer
 from dpo_jax.rewards import train_reward
 from dpo_jax.types import CHOSEN, REJECTED

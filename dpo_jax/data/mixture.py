@@ -11,8 +11,6 @@ import numpy as np
 from dpo_jax.data.example import Example
 from dpo_jax.data.prepared import PreparedExamples
 
-_SEED = 0  # of the halves that are drawn; the order of an epoch is the pipeline's
-
 
 class Mixture:
     """Random access to weighted sources, one after the other; the pipeline shuffles them together.
@@ -23,7 +21,7 @@ class Mixture:
     Args:
       sources: prepared examples with the same number of answers.
       weights: passes over each, > 0.
-      seed: of the examples that a fraction takes.
+      seed: of the examples that a fraction takes; the order of an epoch is the pipeline's.
 
     Attributes:
       answers: answers of each example.
@@ -34,7 +32,7 @@ class Mixture:
       ValueError: the sources differ in their number of answers, or a weight leaves no example of one.
     """
 
-    def __init__(self, sources: Sequence[PreparedExamples], weights: Sequence[float], seed: int = _SEED) -> None:
+    def __init__(self, sources: Sequence[PreparedExamples], weights: Sequence[float], seed: int = 0) -> None:
         if len({source.answers for source in sources}) != 1:
             counts = [source.answers for source in sources]
             raise ValueError(f"the sources of the mixture have {counts} answers an example; mix sources of one kind")
@@ -61,8 +59,19 @@ class Mixture:
 
     def lengths(self) -> np.ndarray:
         """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
-        tables = [source.lengths() for source in self._sources]
-        return np.concatenate([tables[k][self._row[self._source == k]] for k in range(len(tables))])
+        return self._rows_of([source.lengths() for source in self._sources])
+
+    def roles(self) -> np.ndarray:
+        """int [n, answers], roles of all answers."""
+        return self._rows_of([source.roles() for source in self._sources])
+
+    def token_range(self) -> tuple[int, int]:
+        """(least, greatest) token of the sources."""
+        ranges = [source.token_range() for source in self._sources]
+        return min(least for least, _ in ranges), max(greatest for _, greatest in ranges)
+
+    def _rows_of(self, tables: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([table[self._row[self._source == k]] for k, table in enumerate(tables)])
 
 
 def _drawn(count: int, weight: float, seed: Sequence[int]) -> np.ndarray:

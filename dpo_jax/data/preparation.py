@@ -24,7 +24,8 @@ from dpo_jax.data.encode import Encoded, Encoder
 from dpo_jax.data.example import Example
 from dpo_jax.data.files import Line, find_files, read_lines
 from dpo_jax.data.formats import Parser, parse_row
-from dpo_jax.data.prepared import is_prepared, read_metadata, write_examples
+from dpo_jax.data.prepared import is_prepared, read_metadata
+from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.public import PUBLIC_SETS, download
 from dpo_jax.data.records import BadRow, Record
 

@@ -8,10 +8,14 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from configs import base
+from dpo_jax import sources
+from dpo_jax.config import from_config_dict
 from dpo_jax.data import preparation
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.encode import Encoder, Encoding
@@ -179,8 +183,27 @@ def test_a_mixture_holds_each_source_as_often_as_its_weight_says(tmp_path: Path)
         != Mixture(sources, [0.5, 2.0]).fingerprint
         != Mixture(sources, [0.5, 2.0], seed=1).fingerprint
     )
+    assert mixed.roles().tolist() == [[a.role for a in mixed[i].answers] for i in range(len(mixed))]
+    tokens = [np.concatenate([mixed[i].prompt, *(a.tokens for a in mixed[i].answers)]) for i in range(len(mixed))]
+    least, greatest = mixed.token_range()
+    assert least <= min(t.min() for t in tokens) and max(t.max() for t in tokens) <= greatest
     with pytest.raises(ValueError, match="leave no example"):
         Mixture(sources, [1.0, 0.01])
+
+
+def test_the_config_decides_which_half_of_a_source_is_taken(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [row(i) for i in range(40)])
+    settings = {"source": "files", "path": f"0.5*{path}", "dir": str(tmp_path / "data"), "vocab_size": 300}
+
+    def fingerprint(seed: int, training_seed: int = 0) -> str:
+        config = base.get_config()
+        config.data.update(**settings, mixture_seed=seed)
+        config.update({"seed": training_seed, "train": {"steps": 1}})
+        data = sources.open_dataset(from_config_dict(config).data)
+        assert len(data.train) == round((40 - len(data.held_out)) / 2)
+        return data.train.fingerprint
+
+    assert fingerprint(0) == fingerprint(0, training_seed=1) != fingerprint(1)
 
 
 PUBLIC = {

@@ -14,6 +14,7 @@ import tensorflow_datasets as tfds
 from dpo_jax import types
 from dpo_jax.data import pairs, prepared
 from dpo_jax.data.example import Answer, Example
+from dpo_jax.data.prepared_writer import write_examples
 
 TOKENIZER = "a" * 64
 
@@ -33,7 +34,7 @@ def single(uid):
 
 
 def write(folder, splits, **kwargs):
-    return prepared.write_examples(splits, folder, name="fake", tokenizer=TOKENIZER, **kwargs)
+    return write_examples(splits, folder, name="fake", tokenizer=TOKENIZER, **kwargs)
 
 
 def as_values(example):
@@ -69,6 +70,8 @@ def test_examples_come_back_in_their_order(tmp_path):
     assert [as_values(train[n]) for n in range(300)] == [as_values(example) for example in examples]
     assert [as_values(example) for example in held_out] == [as_values(single(3)), as_values(single(2))]
     assert (train.answers, held_out.answers) == (2, 1)
+    assert train.roles().tolist() == [[types.CHOSEN, types.REJECTED]] * 300
+    assert (train.token_range(), held_out.token_range()) == ((0, 31), (1, 7))
     assert train.texts(0) == ("", ("", ""))
     for array in (train[0].prompt, train[0].answers[1].tokens):
         assert array.dtype == np.int32
@@ -214,6 +217,20 @@ def test_another_version_of_the_format_is_refused(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(ValueError, match="has the format 99, expected 1"):
         prepared.read_metadata(tmp_path / "data")
+
+
+def test_a_folder_without_roles_and_tokens_beside_its_records_is_read_for_them(tmp_path):
+    write(tmp_path / "data", {"train": [pair(0, 9), pair(1)]})
+    new = prepared.PreparedExamples(tmp_path / "data", "train")
+    path = tmp_path / "data" / prepared.METADATA_FILE
+    content = json.loads(path.read_text())
+    content["sizes"] = {name: size for name, size in content["sizes"].items() if name.endswith("00001")}
+    del content["tokens"]
+    path.write_text(json.dumps(content))
+    old = prepared.PreparedExamples(tmp_path / "data", "train")
+    assert old.roles().tolist() == new.roles().tolist()
+    assert old.lengths().tolist() == new.lengths().tolist()
+    assert old.token_range() == new.token_range() == (0, 31)
 
 
 @pytest.mark.parametrize("index", [-1, 1])
