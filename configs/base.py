@@ -80,6 +80,13 @@ def get_config() -> ConfigDict:
                 "sync_every": placeholder(int),  # TR-DPO: steps between moves toward the policy; None is never
                 "sync_rate": 0.6,  # share of the policy in each move
             },
+            "lora": {  # low-rank adapters on a frozen base, which is the reference too (arXiv 2106.09685)
+                "rank": placeholder(int),  # None trains all parameters
+                "alpha": 16.0,  # what adapters add is scaled by alpha / rank
+                "dropout": 0.0,  # share of an adapter's inputs left out in training steps
+                "layers": ".*",  # regular expression, searched for in names of linear layers, as in attention/query
+                "init": placeholder(str),  # folder of adapters in PEFT's format to start from; None adds nothing
+            },
             "optim": {
                 "learning_rate": 3e-4,  # its peak
                 "schedule": "cosine",  # constant, linear or cosine decay to 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpo_jax import lora
 from dpo_jax.config import Config
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.pipeline import Pipeline, Source
@@ -26,7 +28,10 @@ from dpo_jax.types import Params
 
 @dataclass(frozen=True)
 class Parts:
-    """What a config stands for, built: everything but the data and the parameters."""
+    """What a config stands for, built: everything but the data and the parameters.
+
+    The model has adapters where adapters are trained.
+    """
 
     model: nn.Module
     objective: Objective
@@ -44,13 +49,13 @@ def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
       answers: A of the data.
 
     Raises:
-      ValueError: a paired loss on data with one answer a prompt.
+      ValueError: a paired loss on data with one answer a prompt; adapters for layers that the model does not have.
     """
     objective, numbers = config.objective()
     check_data(objective, answers)
     optim = config.optim
     return Parts(
-        model=make_start_model(config, vocab_size),
+        model=_adapted(make_start_model(config, vocab_size), config.lora.adapter()),
         objective=objective,
         hyper=Hyper(
             {k: np.asarray(v, np.float32) for k, v in numbers.items()}, np.asarray(optim.learning_rate, np.float32)
@@ -74,6 +79,13 @@ def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
     )
 
 
+def _adapted(model: nn.Module, adapter: lora.Adapter | None) -> nn.Module:
+    if adapter is None:
+        return model
+    lora.check_layers(adapter, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    return lora.with_adapter(model, adapter)
+
+
 def step_config(config: Config, answers: int, steps: int) -> StepConfig:
     """What the train step of a config compiles in."""
     return StepConfig(
@@ -84,6 +96,7 @@ def step_config(config: Config, answers: int, steps: int) -> StepConfig:
         head_chunk=config.train.head_chunk,
         reference_sync_every=config.reference.sync_every,
         reference_sync_rate=config.reference.sync_rate,
+        dropout_seed=config.seed if config.lora.rank is not None and config.lora.dropout else None,
     )
 
 
@@ -142,27 +155,52 @@ def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int
 
 
 def param_shapes(parts: Parts) -> Params:
-    """Shapes of the parameters; nothing is computed."""
+    """Shapes of the parameters, adapters beside their layers; nothing is computed."""
     return jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
 
 
 def state_shapes(parts: Parts) -> TrainState:
     """Shapes of the whole training state; nothing is computed."""
-    shapes = param_shapes(parts)
-    return jax.eval_shape(
-        lambda p, r: init_state(parts.objective, parts.optimizer, p, r), shapes, _reference(parts, shapes)
-    )
+    base, adapters = lora.split(param_shapes(parts))
+    return jax.eval_shape(lambda p, a: _state(parts, p, _reference(parts, p), a), base, adapters)
 
 
-def fresh_state(parts: Parts, params: Params) -> TrainState:
-    """The state before the first step: the reference is a copy of the policy, where the steps read one."""
-    # A copy: the policy's buffers are reused by every step, the reference's stay.
-    return init_state(parts.objective, parts.optimizer, params, jax.tree.map(np.array, _reference(parts, params)))
+def fresh_state(parts: Parts, params: Params, adapters: Params | None = None) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      parts: of the run.
+      params: what it starts from.
+      adapters: what is trained, of a model with adapters: ``params`` is their base then and the reference, and is not
+        copied. Otherwise ``params`` is what is trained, and the reference a copy, where the steps read one.
+    """
+    reference = _reference(parts, params)
+    if not is_adapted(parts):
+        # A copy: the policy's buffers are reused by every step, the reference's stay.
+        reference = jax.tree.map(np.array, reference)
+    return _state(parts, params, reference, adapters)
+
+
+def is_adapted(parts: Parts) -> bool:
+    """Whether adapters are trained."""
+    return lora.adapter_of(parts.model) is not None
+
+
+def without_base(parts: Parts, state: TrainState) -> TrainState:
+    """What a checkpoint holds of a state: the base of adapters stays where the run took it from."""
+    return dataclasses.replace(state, reference=None) if is_adapted(parts) else state
+
+
+def _state(parts: Parts, params: Params, reference: Params | None, adapters: Params | None) -> TrainState:
+    if not is_adapted(parts):
+        return init_state(parts.objective, parts.optimizer, params, reference)
+    return dataclasses.replace(init_state(parts.objective, parts.optimizer, adapters, None), reference=reference)
 
 
 def _reference(parts: Parts, params: Params) -> Params | None:
-    """Those of the parameters that the steps keep as a reference: none when its log-probabilities are stored."""
-    return None if parts.shape.with_reference else params
+    """Those of the parameters that the steps keep as a reference: none when its log-probabilities are stored, unless
+    adapters stand on it."""
+    return None if parts.shape.with_reference and not is_adapted(parts) else params
 
 
 def guarded(state: TrainState, skipped: int) -> Guarded:

@@ -272,15 +272,49 @@ def read_meta(folder: Path, step: int) -> dict[str, Any]:
     return meta
 
 
-def load_params(workdir: Path, like: Any) -> Any:
-    """The policy's parameters of a run's newest checkpoint, without its optimizer.
+@dataclass(frozen=True)
+class Saved:
+    """A run's newest checkpoint, whose files are what was written.
 
-    Args:
-      workdir: the folder of another run.
-      like: a pytree of shapes of the parameters that are expected.
+    Attributes:
+      folder: where it is.
+      meta: what stands beside the state.
+    """
+
+    folder: Path
+    meta: Mapping[str, Any]
+
+    def params(self, like: Any) -> Any:
+        """What was trained, without its optimizer.
+
+        Args:
+          like: a pytree of shapes of the parameters that are expected.
+
+        Raises:
+          ValueError: it holds another model.
+          DamagedError: it is not what was written.
+        """
+        saved, hashes = (_of_params(self.meta[key]) for key in ("state", "sha256"))
+        _check_structure(saved, description({"params": like}), self.folder)
+        template = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)}
+        with _damage(self.folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                self.folder / STATE_FOLDER,
+                args=ocp_args.PyTreeRestore({"params": like}, restore_args=template, partial_restore=True),
+            )
+        _check_hashes(hash_leaves(restored), hashes, self.folder)
+        return restored["params"]
+
+    def names(self) -> list[str]:
+        """Paths of what was trained."""
+        return [name.removeprefix("params/") for name in _of_params(self.meta["state"])]
+
+
+def open_newest(workdir: Path) -> Saved:
+    """The newest checkpoint of another run.
 
     Raises:
-      ValueError: there is no checkpoint, or it holds another model.
+      ValueError: there is none.
       DamagedError: it is not what was written.
     """
     folder = Path(workdir).absolute() / FOLDER
@@ -289,22 +323,16 @@ def load_params(workdir: Path, like: Any) -> Any:
         mend = "train that run first, or point init.run at the workdir of a finished one"
         raise ValueError(f"no complete checkpoint in {folder}: {mend}")
     newest = folder / str(steps[-1])
-    meta = _meta_of_init(newest, steps)
-    saved, hashes = ({k: v for k, v in meta[key].items() if k.startswith("params/")} for key in ("state", "sha256"))
-    _check_structure(saved, description({"params": like}), newest)
-    template = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)}
-    with _damage(newest), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            newest / STATE_FOLDER,
-            args=ocp_args.PyTreeRestore({"params": like}, restore_args=template, partial_restore=True),
-        )
-    _check_hashes(hash_leaves(restored), hashes, newest)
-    return restored["params"]
+    return Saved(newest, _meta_of_init(newest, steps))
 
 
 def description(tree: Any) -> dict[str, str]:
     """Dtype and shape of every array by path: ``{'params/kernel': 'float32[4,192]', …}``."""
     return {name: describe(leaf) for name, leaf in named_leaves(tree).items()}
+
+
+def _of_params(by_name: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in by_name.items() if name.startswith("params/")}
 
 
 def _meta_of_init(newest: Path, steps: Sequence[int]) -> dict[str, Any]:

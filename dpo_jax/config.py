@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dpo_jax.data.layouts import LAYOUTS
+from dpo_jax.lora import Adapter
 from dpo_jax.losses.objective import Objective, make_objective
 from dpo_jax.models import FAMILIES
 from dpo_jax.models.config import REMAT
@@ -85,6 +87,19 @@ class ReferenceConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    rank: int | None
+    alpha: float
+    dropout: float
+    layers: str
+    init: str | None
+
+    def adapter(self) -> Adapter | None:
+        """What the models are told; None trains all parameters."""
+        return None if self.rank is None else Adapter(self.layers, self.rank, self.alpha, self.dropout)
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     learning_rate: float
     schedule: str
@@ -152,6 +167,7 @@ class Config:
     init: InitConfig
     loss: LossConfig
     reference: ReferenceConfig
+    lora: LoraConfig
     optim: OptimConfig
     train: RunConfig
     eval: EvalConfig
@@ -269,6 +285,7 @@ def _check(c: Config) -> None:
             f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
             f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"
         )
+    _check_lora(c)
     objective, _ = c.objective()
     if c.reference.store is not None and not objective.needs_reference:
         raise ValueError(
@@ -279,6 +296,20 @@ def _check(c: Config) -> None:
         raise ValueError(
             "config.reference.store keeps the log-probabilities of a reference that stands still, and with "
             f"config.reference.sync_every {c.reference.sync_every} it moves: leave one of the two unset"
+        )
+
+
+def _check_lora(c: Config) -> None:
+    try:
+        re.compile(c.lora.layers)
+    except re.error as error:
+        raise ValueError(f"config.lora.layers {c.lora.layers!r} is no regular expression: {error}") from error
+    if c.lora.init is not None and c.lora.rank is None:
+        raise ValueError("config.lora.init is set and config.lora.rank is not: set it to the rank of those adapters")
+    if c.lora.rank is not None and c.reference.sync_every is not None:
+        raise ValueError(
+            "config.reference.sync_every moves the reference, and with config.lora.rank that is the frozen base of the "
+            "adapters: the policy would move with it. Unset one of them"
         )
 
 
@@ -294,9 +325,15 @@ _MAY_BE_ZERO = {
     "eval.prompts",
     "prefer.eval_prompts",
     "train.max_skipped",
+    "lora.dropout",
 }
 # Shares: (the largest value, whether it is allowed).
-_AT_MOST = {"optim.b1": (1.0, False), "optim.b2": (1.0, False), "reference.sync_rate": (1.0, True)}
+_AT_MOST = {
+    "optim.b1": (1.0, False),
+    "optim.b2": (1.0, False),
+    "reference.sync_rate": (1.0, True),
+    "lora.dropout": (1.0, False),
+}
 
 
 def _check_ranges(c: Config) -> None:

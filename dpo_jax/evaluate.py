@@ -131,7 +131,7 @@ class SampledAnswers:
     Args:
       completer: samples and scores.
       prompts: the held-out prompts, int32 [p] each.
-      reference: replicated parameters of the model that training started from.
+      sides: gives the replicated parameters of the policy and of what training started from.
       reward: judges texts; None leaves the reward out.
       folder: where the answers go.
       seed: of the draws.
@@ -142,20 +142,21 @@ class SampledAnswers:
         self,
         completer: Completer,
         prompts: Sequence[np.ndarray],
-        reference: Params,
+        sides: Callable[[TrainState], tuple[Params, Params]],
         reward: Reward | None,
         folder: Path,
         *,
         seed: int,
         temperature: float,
     ) -> None:
-        self._completer, self._prompts, self._reference, self._reward = completer, prompts, reference, reward
+        self._completer, self._prompts, self._sides, self._reward = completer, prompts, sides, reward
         self._folder, self._seed, self._temperature = folder, seed, temperature
 
     def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]:
-        answers = self._completer.sample(state.params, self._prompts, self._seed, self._temperature)
-        policy = self._completer.logps(state.params, self._prompts, answers)
-        reference = self._completer.logps(self._reference, self._prompts, answers)
+        policy_params, start_params = self._sides(state)
+        answers = self._completer.sample(policy_params, self._prompts, self._seed, self._temperature)
+        policy = self._completer.logps(policy_params, self._prompts, answers)
+        reference = self._completer.logps(start_params, self._prompts, answers)
         texts = [
             self._completer.text(np.concatenate([p, a.tokens])) for p, a in zip(self._prompts, answers, strict=True)
         ]

@@ -1,6 +1,8 @@
 """Writes the policy of a run as a Hugging Face folder: weights, configs, tokenizer and a model card.
 
-python -m dpo_jax.export --workdir=runs/imdb/dpo --out=runs/imdb/dpo-hf
+    python -m dpo_jax.export --workdir=runs/imdb/dpo --out=runs/imdb/dpo-hf
+
+Adapters are merged into the weights; with --adapter they alone are written, as a folder of PEFT.
 """
 
 from __future__ import annotations
@@ -9,18 +11,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from absl import logging
 
-from dpo_jax.checkpoint import load_params
-from dpo_jax.config import Config, from_dict, to_json
+from dpo_jax.config import Config, to_json
+from dpo_jax.convert.peft import write_adapters
 from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.folders import replaced_folder
 from dpo_jax.data.tokenizer import open_tokenizer
-from dpo_jax.models import init_params
 from dpo_jax.sources import tokenizer_folder
-from dpo_jax.start import make_start_model
+from dpo_jax.start import load_adapters, load_policy, make_start_model
+from dpo_jax.workdir import read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,12 +39,11 @@ def export(workdir: Path, out: Path, *, dtype: str = "float32", shard_bytes: int
       OSError: no run, no tokenizer, or no room.
       ValueError: an unknown dtype, or no checkpoint.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+    _check_dtype(dtype)
     config = read_config(workdir)
     tokenizer = open_tokenizer(tokenizer_folder(config.data))
     model = make_start_model(config, len(tokenizer))
-    params = load_params(workdir, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    params = load_policy(workdir, model)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     with replaced_folder(out, "the exported model") as folder:
         save_pretrained(folder, model, params, dtype=jnp.dtype(dtype), shard_bytes=shard_bytes, token_ids=ids)
@@ -52,31 +52,47 @@ def export(workdir: Path, out: Path, *, dtype: str = "float32", shard_bytes: int
     logging.info("wrote %s", out)
 
 
-def read_config(workdir: Path) -> Config:
-    """The config of a run.
+def export_adapter(workdir: Path, out: Path, *, dtype: str = "float32") -> None:
+    """Exports the newest adapters of a run, as PEFT does.
+
+    Args:
+      workdir: the run's folder.
+      out: the new folder; an older one there is replaced once all is written.
+      dtype: of the adapters' file, a name in DTYPES.
 
     Raises:
-      OSError: the folder holds no run.
-      ValueError: a config that this version does not understand.
+      OSError: no run, no tokenizer, or no room.
+      ValueError: an unknown dtype, no checkpoint, or a run without adapters.
     """
-    path = workdir / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"{workdir} is no workdir of a run: it has no config.json")
-    return from_dict(json.loads(path.read_text(encoding="utf-8")))
+    _check_dtype(dtype)
+    config = read_config(workdir)
+    tokenizer = open_tokenizer(tokenizer_folder(config.data))
+    model, adapters = load_adapters(workdir, make_start_model(config, len(tokenizer)))
+    with replaced_folder(out, "the exported adapters") as folder:
+        write_adapters(folder, model, adapters, config.init.hf, jnp.dtype(dtype))
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(config, _summary(workdir), adapter=True), encoding="utf-8")
+    logging.info("wrote %s", out)
 
 
-def model_card(config: Config, results: dict[str, Any]) -> str:
-    """What the model is, in Markdown: data, loss, results and the whole config."""
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype is {dtype!r}; known: {', '.join(DTYPES)}")
+
+
+def model_card(config: Config, results: dict[str, Any], adapter: bool = False) -> str:
+    """What the model (or an adapter of it) is, in Markdown: data, loss, results and the whole config."""
     numbers = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items())
     table = f"| metric | value |\n|---|---|\n{numbers}\n" if results else "The run has not been finished.\n"
     base = config.init.hf or config.init.run or f"random parameters (seed {config.seed})"
     source = config.data.source if config.data.path is None else f"{config.data.source}: {config.data.path}"
+    library, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     return (
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [dpo_jax]\n---\n"
+        f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [dpo_jax]\n---\n"
         f"# Trained with the loss {config.loss.name}\n\n"
         f"Started from {base}; data: {source}. Trained with dpo_jax.\n\n"
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
+        f"```python\nfrom {library} import {loader}\nfrom transformers import AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained(".")\ntokenizer = AutoTokenizer.from_pretrained(".")\n```\n\n'
         f"## Results\n\n{table}\n## Config\n\n```json\n{to_json(config)}```\n"
     )
 
@@ -95,11 +111,15 @@ if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("out", None, "the Hugging Face folder to write", required=True)
     flags.DEFINE_enum("dtype", "float32", DTYPES, "of the weights")
-    flags.DEFINE_float("shard_gb", 5.0, "largest file of weights, gigabytes")
+    flags.DEFINE_float("shard_gb", 5.0, "largest file of a model's weights, gigabytes")
+    flags.DEFINE_bool("adapter", False, "write the adapters alone, as a folder of PEFT")
 
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
         with user_errors():
+            if f.adapter:
+                export_adapter(Path(f.workdir), Path(f.out), dtype=f.dtype)
+                return
             export(Path(f.workdir), Path(f.out), dtype=f.dtype, shard_bytes=int(f.shard_gb * 1e9))
 
     app.run(_main)

@@ -84,14 +84,15 @@ def make_probe(
     step = make_train_step(scorer.model, scorer.objective, optax.identity(), plain, axis)
 
     def probe(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> dict[str, Any]:
+        own = scorer.of(state)
         bare = dataclasses.replace(state, opt_state=optax.identity().init(state.params))
         after, metrics = step(bare, batch, dataclasses.replace(hyper, learning_rate=jnp.float32(1.0)))
         return {
             "params": state.params,
             "reference": state.reference,
             "opt_state": state.opt_state,
-            _POLICY: jax.lax.map(lambda b: scorer.policy(state.params, b).sum, batch.answers),
-            _REFERENCE: jax.lax.map(lambda b: scorer.reference(state.reference, b).sum, batch.answers),
+            _POLICY: jax.lax.map(lambda b: own.policy(state.params, b).sum, batch.answers),
+            _REFERENCE: jax.lax.map(lambda b: own.reference(state.reference, b).sum, batch.answers),
             "loss": metrics["loss"].numerator,
             "gradient": jax.tree.map(jnp.subtract, after.params, state.params),
         }

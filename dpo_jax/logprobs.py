@@ -24,7 +24,14 @@ class TokenScores(NamedTuple):
     log_collision: Array
 
 
-def score(model: nn.Module, params: Params, batch: TokenBatch, grouping: tuple[int, int], chunk: int) -> SequenceLogps:
+def score(
+    model: nn.Module,
+    params: Params,
+    batch: TokenBatch,
+    grouping: tuple[int, int],
+    chunk: int,
+    dropout_key: Array | None = None,
+) -> SequenceLogps:
     """Log-probabilities of all slots of a batch, by example.
 
     Args:
@@ -33,18 +40,22 @@ def score(model: nn.Module, params: Params, batch: TokenBatch, grouping: tuple[i
       batch: R rows whose slots, in order, are X examples of A answers of C parts.
       grouping: (A, C): answers of an example, and slots of an answer (2 when its prompt has one, else 1).
       chunk: targets whose logits exist at a time.
+      dropout_key: draws what adapters leave out; None leaves out nothing.
 
     Returns:
       SequenceLogps of shape [X, A, C].
     """
-    return _sum_slots(target_scores(model, params, batch, chunk), batch, grouping)
+    return _sum_slots(target_scores(model, params, batch, chunk, dropout_key), batch, grouping)
 
 
-def target_scores(model: nn.Module, params: Params, batch: TokenBatch, chunk: int) -> TokenScores:
+def target_scores(
+    model: nn.Module, params: Params, batch: TokenBatch, chunk: int, dropout_key: Array | None = None
+) -> TokenScores:
     """Scores of all targets of a batch, [R, M]; arguments as of :func:`score`."""
     variables = {"params": params}
     mask = training_mask(batch.group_RL, batch.branch_RL)
-    hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask)
+    rngs = None if dropout_key is None else {"dropout": dropout_key}
+    hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
     hidden_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
     head_VD = model.apply(variables, method="head")
     return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap)

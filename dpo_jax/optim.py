@@ -17,6 +17,9 @@ SCHEDULES: dict[str, Callable[[Array, int, int], Array]] = {
 }
 
 
+_MATRICES = ("kernel", "token_embedding", "lora_a", "lora_b")
+
+
 def schedule(name: str, step: Array, *, warmup: int, steps: int) -> Array:
     """Share of the peak learning rate at a step: a linear rise over ``warmup`` steps, then the named decay to 0.
 
@@ -51,7 +54,7 @@ def make_optimizer(
 
 
 def _is_matrix(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in ("kernel", "token_embedding"), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
 
 
 def _progress(step: Array, warmup: int, steps: int) -> Array:

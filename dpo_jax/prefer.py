@@ -12,13 +12,10 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import logging
 
 from dpo_jax import sources
-from dpo_jax.build import build
-from dpo_jax.checkpoint import load_params
 from dpo_jax.config import Config, to_json
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.imdb import load_reviews
@@ -28,10 +25,10 @@ from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.data.windows import prompt_tokens, review_windows
 from dpo_jax.evaluate import Completer
-from dpo_jax.models import init_params
 from dpo_jax.parallel import DataParallel
 from dpo_jax.progress import Progress, duration
 from dpo_jax.rewards import Reward
+from dpo_jax.start import load_policy, make_start_model
 from dpo_jax.workdir import owned
 
 EXAMPLES_FOLDER = "examples"
@@ -86,9 +83,8 @@ class _PairMaker:
         self.tokenizer = sources.imdb_tokenizer(config.data)
         self.reward: Reward = sources.imdb_reward(config.data, config.prefer.reward)
         parallel = DataParallel()
-        model = build(config, vocab_size=len(self.tokenizer), answers=2).model
-        like = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-        self.params = parallel.replicate(load_params(Path(config.init.run or ""), like))
+        model = make_start_model(config, len(self.tokenizer))
+        self.params = parallel.replicate(load_policy(Path(config.init.run or ""), model))
         self.completer = Completer(
             model,
             self.tokenizer,

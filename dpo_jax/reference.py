@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import __version__
+from dpo_jax import __version__, lora
 from dpo_jax.build import Parts
 from dpo_jax.config import Config
 from dpo_jax.data import packing
@@ -69,7 +69,7 @@ def identity_of(config: Config, parts: Parts, tokenizer: Any, weights: str) -> d
     """
     data, model = config.data, parts.model
     sizes = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(model.config)}
-    for name in ("remat", "unroll"):  # how it is computed, not what
+    for name in ("remat", "unroll", "adapter"):  # how it is computed, not what; and what the policy alone has
         sizes.pop(name, None)
     precision = jax.config.values["jax_default_matmul_precision"]
     template = tokenizer.chat_template if data.template == "chat" else None
@@ -184,8 +184,10 @@ class ReferencePass:
         self._rows = config.data.batch_size // config.train.micro_batches
         self._shape = replace(parts.shape, with_prompt=False, with_reference=False)
 
+        model = lora.with_adapter(parts.model, None)
+
         def logps(params: Params, batch: TokenBatch) -> Array:
-            return target_scores(parts.model, params, batch, config.train.head_chunk).logp
+            return target_scores(model, params, batch, config.train.head_chunk).logp
 
         self._logps = parallel.row_function(logps, "reference")
 

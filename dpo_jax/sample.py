@@ -17,15 +17,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpo_jax.checkpoint import load_params
 from dpo_jax.data.encode import Encoder
 from dpo_jax.data.tokenizer import decode, open_tokenizer
-from dpo_jax.export import read_config
-from dpo_jax.models import init_params
 from dpo_jax.parallel import DataParallel
 from dpo_jax.sampling import make_sampler, row_keys
 from dpo_jax.sources import encoding_of, tokenizer_folder
-from dpo_jax.start import make_start_model, start_params
+from dpo_jax.start import load_policy, make_start_model, start_params
+from dpo_jax.workdir import read_config
 
 SIDES = ("policy", "reference")
 
@@ -109,11 +107,10 @@ def sample_run(workdir: Path, prompts: Sequence[str], request: Request) -> Resul
         model, max_new_tokens=room, eos=tokenizer.eos_token_id, top_k=request.top_k, top_p=request.top_p
     )
     draw = parallel.row_function(sampler, "sample")
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
     found: list[Completion] = []
     clock = _Clock()
     for side, load in zip(
-        SIDES, (lambda: load_params(workdir, shapes), lambda: start_params(config, model)), strict=True
+        SIDES, (lambda: load_policy(workdir, model), lambda: start_params(config, model)), strict=True
     ):
         params = parallel.replicate(load())
         found += _answers(side, draw, params, tokens, tokenizer, request, clock)

@@ -9,15 +9,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.checkpoint import load_params
+from dpo_jax import lora
+from dpo_jax.checkpoint import Saved, open_newest
 from dpo_jax.config import Config
+from dpo_jax.convert.peft import read_adapters
 from dpo_jax.convert.pretrained import open_pretrained
+from dpo_jax.integrity import hash_tree
 from dpo_jax.models import init_params, make_model
+from dpo_jax.trees import structure_diff
 from dpo_jax.types import Params
+from dpo_jax.workdir import read_config
 
 
 def make_start_model(config: Config, vocab_size: int) -> nn.Module:
-    """The module of a run; ``init.hf`` gives its family and sizes where it is set, else ``model`` does.
+    """The module of a run, without adapters; ``init.hf`` gives its family and sizes where it is set, else ``model``.
 
     Args:
       config: the experiment.
@@ -53,6 +58,8 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
 def start_params(config: Config, model: nn.Module) -> Params:
     """The parameters that a run starts from: ``init.run``'s policy, else ``init.hf``'s weights, else fresh ones.
 
+    With adapters, these are the frozen base.
+
     Args:
       config: the experiment.
       model: of ``make_start_model``.
@@ -62,7 +69,81 @@ def start_params(config: Config, model: nn.Module) -> Params:
       ValueError: parameters of another model.
     """
     if config.init.run is not None:
-        return load_params(Path(config.init.run), jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+        return load_policy(Path(config.init.run), model)
     if config.init.hf is not None:
         return open_pretrained(config.init.hf).params(model)
     return init_params(model, jax.random.key(config.seed))
+
+
+def start_adapters(config: Config, model: nn.Module) -> Params:
+    """The adapters that a run starts from: ``lora.init``'s, else fresh ones, which add nothing.
+
+    Args:
+      config: the experiment.
+      model: with adapters.
+
+    Raises:
+      OSError: files that are missing or damaged.
+      ValueError: adapters of another model, or of another rank, scale or layers than the config's.
+    """
+    if config.lora.init is None:
+        return lora.fresh(_shapes(model)[1], config.seed)
+    return read_adapters(Path(config.lora.init), model)
+
+
+def load_policy(workdir: Path, model: nn.Module) -> Params:
+    """The newest policy of a run, whole: adapters are merged into their base.
+
+    Args:
+      workdir: the run's folder.
+      model: the module that is expected, without adapters.
+
+    Raises:
+      OSError: files that are missing or damaged.
+      ValueError: no checkpoint, another model, or a base that is no longer what the run began with.
+    """
+    saved, (shapes, _) = open_newest(workdir), _shapes(model)
+    if not any(map(lora.is_adapter, saved.names())):
+        return saved.params(shapes)
+    merged = _merged(workdir, saved, model.config.vocab_size)
+    wrong = structure_diff(merged, shapes)
+    if wrong:
+        raise ValueError(f"the policy of {workdir} is of another model:\n  " + "\n  ".join(wrong[:20]))
+    return merged
+
+
+def load_adapters(workdir: Path, model: nn.Module) -> tuple[nn.Module, Params]:
+    """The newest adapters of a run, and the module that reads them.
+
+    Args:
+      workdir: the run's folder.
+      model: its module, without adapters.
+
+    Raises:
+      OSError: files that are missing or damaged.
+      ValueError: no checkpoint, or a run without adapters.
+    """
+    adapter = read_config(workdir).lora.adapter()
+    if adapter is None:
+        raise ValueError(f"{workdir} is a run without adapters (its config.lora.rank is not set): export it whole")
+    model = lora.with_adapter(model, adapter)
+    return model, open_newest(workdir).params(_shapes(model)[1])
+
+
+def _merged(workdir: Path, saved: Saved, vocab_size: int) -> Params:
+    config = read_config(workdir)
+    model = make_start_model(config, vocab_size)
+    base = start_params(config, model)
+    found, expected = hash_tree(base), saved.meta["reference"]
+    if found != expected:
+        raise ValueError(
+            f"{config.init.run or config.init.hf} (the base of {workdir}) holds other parameters than when adapters "
+            f"were trained on it (hash {found}, expected {expected}); bring them back"
+        )
+    adapted, adapters = load_adapters(workdir, model)
+    return lora.merge(base, adapters, adapted.config.adapter.scale)
+
+
+def _shapes(model: nn.Module) -> tuple[Params, Params]:
+    """Shapes of (base, adapters); nothing is computed."""
+    return lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from dpo_jax import lora
 from dpo_jax.logprobs import group, score, stored
 from dpo_jax.losses.objective import Objective, Scored, Totals
 from dpo_jax.metrics import Metrics, Ratio, Total
@@ -36,9 +37,9 @@ class TrainState:
 
     Attributes:
       step: int32 scalar, updates done.
-      params: the policy.
-      reference: the frozen reference; None when the objective needs none or its log-probabilities are stored. The
-        optimizer never sees it.
+      params: what is trained: the policy, or the adapters that make it of the reference.
+      reference: the frozen reference, and the base of adapters; None when there are none and the objective needs none
+        or its log-probabilities are stored. The optimizer never sees it.
       opt_state: optax's.
       loss_state: what the losses' statistics remember.
     """
@@ -70,6 +71,7 @@ class StepConfig:
       head_chunk: targets whose logits exist at a time.
       reference_sync_every: steps between moves of the reference (TR-DPO, arXiv 2404.09656); None is never.
       reference_sync_rate: α of reference ← α·policy + (1−α)·reference.
+      dropout_seed: of what adapters leave out in training; None leaves out nothing.
     """
 
     answers: int
@@ -79,6 +81,7 @@ class StepConfig:
     head_chunk: int
     reference_sync_every: int | None = None
     reference_sync_rate: float = 0.6
+    dropout_seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,12 @@ def make_train_step(
     Returns:
       step(state, batch, hyper) → (state, metrics). Leaves of ``batch`` are [micro-batches, R, …].
     """
-    scorer = Scorer(model, objective, config.answers, config.head_chunk)
+    unbound = Scorer(model, objective, config.answers, config.head_chunk)
 
     def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+        scorer = unbound.of(state)
         totals, frozen = _before_gradient(scorer, state, batch, axis)
+        frozen = dataclasses.replace(frozen, dropout_key=_dropout_keys(config, state.step, batch, axis))
         if objective.couples_batch:
             grads, metrics, loss_state = _coupled(scorer, state, batch, hyper, totals, frozen, axis)
         else:
@@ -167,9 +172,10 @@ def make_eval_step(
     axis: Axis = Axis(),
 ) -> Callable[[TrainState, PreferenceBatch, Hyper], Metrics]:
     """Builds the pure evaluation step: metrics of one batch, to be merged over batches, without an update."""
-    scorer = Scorer(model, objective, answers, head_chunk)
+    unbound = Scorer(model, objective, answers, head_chunk)
 
     def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> Metrics:
+        scorer = unbound.of(state)
         totals, frozen = _before_gradient(scorer, state, batch, axis)
         policy = _over_micro(lambda b: scorer.policy(state.params, b), batch.answers)
         scored = axis.gather(_flat(scorer.scored(policy, frozen.reference, batch.answers)))
@@ -182,52 +188,75 @@ def make_eval_step(
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores token batches by example, as the objective asks."""
+    """Scores token batches by example, as the objective asks.
+
+    Attributes:
+      model: a family's module, with adapters where adapters are trained.
+      objective: what asks.
+      answers: A, answers of an example.
+      chunk: targets whose logits exist at a time.
+      base: what the adapters stand on that are trained; None when whole models are.
+    """
 
     model: nn.Module
     objective: Objective
     answers: int
     chunk: int
+    base: Params | None = None
+
+    def of(self, state: TrainState) -> Scorer:
+        """The same for the parameters of a state."""
+        base = state.reference if lora.adapter_of(self.model) else None
+        return dataclasses.replace(self, base=jax.lax.stop_gradient(base))
 
     @property
     def grouping(self) -> tuple[int, int]:
         return self.answers, 2 if self.objective.needs_prompt else 1
 
-    def policy(self, params: Params, batch: TokenBatch) -> SequenceLogps:
+    def policy(self, params: Params, batch: TokenBatch, dropout_key: Array | None = None) -> SequenceLogps:
         """[X, A, C]."""
-        return score(self.model, params, batch, self.grouping, self.chunk)
+        return self._score_policy(params, batch, self.grouping, dropout_key)
 
     def reference(self, params: Params | None, batch: TokenBatch) -> SequenceLogps:
         """[X, A, C] without a gradient: as stored in the batch, where they are; zeros when the objective needs none."""
-        if batch.reference_RM is not None:
-            return stored(batch, self.grouping)
-        if params is None:
+        if not self.objective.needs_reference:
             zeros = jnp.zeros_like(group(batch.role_RS, self.grouping), jnp.float32)
             return SequenceLogps(zeros, zeros, zeros, zeros, zeros)
-        return jax.lax.stop_gradient(self.policy(jax.lax.stop_gradient(params), batch))
+        return self._score_reference(params, batch, self.grouping)
 
     def mismatched_ratio(self, state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
         """(log-ratios in nats, which of them are real), both [R·S], without a gradient."""
         grouping = (batch.role_RS.shape[1], 1)
-        policy = score(self.model, state.params, batch, grouping, self.chunk)
-        if batch.reference_RM is not None:
-            reference = stored(batch, grouping)
-        else:
-            reference = score(self.model, state.reference, batch, grouping, self.chunk)
+        policy = self._score_policy(state.params, batch, grouping)
+        reference = self._score_reference(state.reference, batch, grouping)
         return self.objective.mismatched_ratio(policy, reference).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
 
     def scored(self, policy: SequenceLogps, reference: SequenceLogps, batch: TokenBatch) -> Scored:
         shape = policy.sum.shape
         return Scored(policy, reference, batch.role_RS.reshape(shape), batch.score_RS.reshape(shape))
 
+    def _score_policy(
+        self, params: Params, batch: TokenBatch, grouping: tuple[int, int], dropout_key: Array | None = None
+    ) -> SequenceLogps:
+        whole = params if self.base is None else lora.join(self.base, params)
+        return score(self.model, whole, batch, grouping, self.chunk, dropout_key)
+
+    def _score_reference(self, params: Params | None, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
+        if batch.reference_RM is not None:
+            return stored(batch, grouping)
+        model = lora.with_adapter(self.model, None)
+        return jax.lax.stop_gradient(score(model, jax.lax.stop_gradient(params), batch, grouping, self.chunk))
+
 
 @struct.dataclass
 class _Frozen:
-    """Known before any gradient: reference scores [micro, X, A, C] and the mismatched log-ratios [global B]."""
+    """Known before any gradient: reference scores [micro, X, A, C], the mismatched log-ratios [global B], and a key for
+    each micro-batch [micro] when adapters are trained with dropout."""
 
     reference: SequenceLogps
     mismatched_ratio_B: Array | None
     mismatched_mask_B: Array | None
+    dropout_key: Array | None = None
 
 
 def _before_gradient(scorer: Scorer, state: TrainState, batch: PreferenceBatch, axis: Axis) -> tuple[Totals, _Frozen]:
@@ -254,14 +283,14 @@ def _separable(
     """Gradient and metrics of this device's shard, micro-batch by micro-batch."""
     numbers, loss_state = _statistics(scorer.objective, state, hyper, None, totals, frozen)
 
-    def gradient(piece: tuple[TokenBatch, SequenceLogps]) -> tuple[Params, Metrics]:
-        tokens, reference = piece
-        policy, pull_back = jax.vjp(lambda params: scorer.policy(params, tokens), state.params)
+    def gradient(piece: tuple[TokenBatch, SequenceLogps, Array | None]) -> tuple[Params, Metrics]:
+        tokens, reference, key = piece
+        policy, pull_back = jax.vjp(lambda params: scorer.policy(params, tokens, key), state.params)
         scored = scorer.scored(policy, reference, tokens)
         cotangent, metrics = _differentiate(scorer.objective, hyper, scored, totals, numbers)
         return pull_back(cotangent)[0], metrics
 
-    grads, metrics = _sum_over_micro(gradient, (batch.answers, frozen.reference))
+    grads, metrics = _sum_over_micro(gradient, (batch.answers, frozen.reference, frozen.dropout_key))
     return grads, metrics, loss_state
 
 
@@ -276,7 +305,8 @@ def _coupled(
 ) -> tuple[Params, Metrics, Any]:
     """The same for a loss that sees the whole batch: all log-probabilities first, then the vector–Jacobian products."""
     single = batch.answers.tokens_RL.shape[0] == 1
-    score_all = lambda params: _over_micro(lambda b: scorer.policy(params, b), batch.answers)  # noqa: E731
+    pieces = batch.answers, frozen.dropout_key
+    score_all = lambda params: _over_micro(lambda piece: scorer.policy(params, *piece), pieces)  # noqa: E731
     # One micro-batch keeps its activations; several are scored once more when they are pulled back.
     policy, pull_back = jax.vjp(score_all, state.params) if single else (score_all(state.params), None)
     own = scorer.scored(policy, frozen.reference, batch.answers)
@@ -290,11 +320,11 @@ def _coupled(
     if pull_back is not None:
         return pull_back(cotangent)[0], metrics, loss_state
 
-    def gradient(piece: tuple[TokenBatch, SequenceLogps]) -> Params:
-        tokens, own_cotangent = piece
-        return jax.vjp(lambda params: scorer.policy(params, tokens), state.params)[1](own_cotangent)[0]
+    def gradient(piece: tuple[tuple[TokenBatch, Array | None], SequenceLogps]) -> Params:
+        tokens_and_key, own_cotangent = piece
+        return jax.vjp(lambda params: scorer.policy(params, *tokens_and_key), state.params)[1](own_cotangent)[0]
 
-    return _sum_over_micro(gradient, (batch.answers, cotangent)), metrics, loss_state
+    return _sum_over_micro(gradient, (pieces, cotangent)), metrics, loss_state
 
 
 def _differentiate(
@@ -327,6 +357,15 @@ def _moved_reference(reference: Params | None, params: Params, step: Array, conf
         return reference
     rate = jnp.where(step % config.reference_sync_every == 0, config.reference_sync_rate, 0.0)
     return jax.tree.map(lambda r, p: jnp.where(rate > 0, rate * p + (1 - rate) * r, r), reference, params)
+
+
+def _dropout_keys(config: StepConfig, step: Array, batch: PreferenceBatch, axis: Axis) -> Array | None:
+    """One for each micro-batch, a function of (seed, step, device, micro-batch): a continued run draws the same."""
+    if config.dropout_seed is None:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.dropout_seed), step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(axis.name) if axis.name else 0)
+    return jax.random.split(key, batch.answers.tokens_RL.shape[0])
 
 
 def _counts(batch: TokenBatch) -> Array:

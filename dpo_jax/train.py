@@ -5,9 +5,10 @@ The same command continues a run that was interrupted, and says so when the run 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,17 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import reference, reproducer, sources, workdir
+from dpo_jax import lora, reference, reproducer, sources, workdir
 from dpo_jax.build import (
     build,
     check_examples,
     fresh_state,
     guarded,
     guarded_step,
+    is_adapted,
     make_pipeline,
     state_shapes,
+    without_base,
 )
 from dpo_jax.checkpoint import Checkpoints, Retention
 from dpo_jax.config import Config
@@ -33,7 +36,7 @@ from dpo_jax.integrity import hash_tree
 from dpo_jax.logbook import Logbook
 from dpo_jax.parallel import DataParallel, check_divides
 from dpo_jax.progress import Progress, duration
-from dpo_jax.start import start_params
+from dpo_jax.start import start_adapters, start_params
 from dpo_jax.steps import Hyper, TrainState, make_eval_step
 from dpo_jax.stopping import Stopped, StopRequest
 from dpo_jax.trees import named_leaves, parameter_count
@@ -217,7 +220,7 @@ class Trainer:
             raise ValueError(
                 f"config.checkpoint.keep_best is {best!r}, which this run does not measure; it has {known}"
             )
-        checkpoints.save(step, state, meta, None if best is None else log.latest[best])
+        checkpoints.save(step, without_base(self.parts, state), meta, None if best is None else log.latest[best])
 
     @staticmethod
     def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
@@ -243,24 +246,27 @@ class Trainer:
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
         restored = checkpoints.restore_newest(
-            state_shapes(self.parts),
+            without_base(self.parts, state_shapes(self.parts)),
             lambda meta: workdir.check_identity(meta["identity"], self._identity, checkpoints.folder),
             stop_at_damage=self.config.checkpoint.on_damage == "stop",
         )
         if restored is None:
             params = self._start_params()
-            state = fresh_state(self.parts, params)
+            adapters = start_adapters(self.config, self.parts.model) if is_adapted(self.parts) else None
+            state = fresh_state(self.parts, params, adapters)
             self._reference_hash = None if state.reference is None else hash_tree(state.reference)
             return state, None
         state, meta = restored
         self._start_hash, self._reference_hash = meta["start"], meta["reference"]
+        if is_adapted(self.parts):
+            state = dataclasses.replace(state, reference=self._start_params())
         self._check_reference(state, checkpoints)
         return state, meta["memory"]
 
     def _start_params(self) -> Params:
         """The parameters that training starts from; the same ones when the run continues."""
         init = self.config.init.run or self.config.init.hf
-        params = start_params(self.config, self.parts.model)
+        params = start_params(self.config, lora.with_adapter(self.parts.model, None))
         found = hash_tree(params)
         if found != (self._start_hash or found):
             raise ValueError(
@@ -277,7 +283,10 @@ class Trainer:
             every=self.config.train.log_every,
             last=self.steps,
             examples=self.config.data.batch_size,
-            watch=Watch(self.parts.objective.needs_reference, self.config.optim.warmup_steps),
+            # Adapters that come from elsewhere are no longer the reference at step 0.
+            watch=Watch(
+                self.parts.objective.needs_reference and self.config.lora.init is None, self.config.optim.warmup_steps
+            ),
             durations=lambda: {"checkpoint_blocked_seconds": checkpoints.blocked},
         )
 
@@ -313,16 +322,26 @@ class Trainer:
         return SampledAnswers(
             completer,
             prompts,
-            self.parallel.replicate(self._start_params()),
+            self._sides(),
             sources.imdb_reward(self.config.data, settings.reward),
             self.workdir / "samples",
             seed=self.config.seed,
             temperature=settings.temperature,
         )
 
+    def _sides(self) -> Callable[[TrainState], tuple[Params, Params]]:
+        """What gives the parameters of (policy, what training started from) for the model, replicated."""
+        if is_adapted(self.parts):
+            # The base with adapters that add nothing: no second copy, no second program.
+            shapes = state_shapes(self.parts).params
+            nothing = self.parallel.replicate(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes))
+            return lambda state: (lora.join(state.reference, state.params), lora.join(state.reference, nothing))
+        start = self.parallel.replicate(self._start_params())
+        return lambda state: (state.params, start)
+
     def _announce(self, state: TrainState, start: int) -> None:
         logging.info(
-            "%s: %.2f M parameters, %d examples, %d steps of %d on %d device(s)%s",
+            "%s: %.2f M parameters trained, %d examples, %d steps of %d on %d device(s)%s",
             self.config.loss.name,
             parameter_count(state.params) / 1e6,
             len(self.data.train),

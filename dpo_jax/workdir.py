@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dpo_jax import __version__
-from dpo_jax.config import Config, differences, to_json
+from dpo_jax.config import Config, differences, from_dict, to_json
 from dpo_jax.data.pipeline import Pipeline, source_fingerprint
 from dpo_jax.integrity import sync
 from dpo_jax.sources import Dataset
@@ -43,6 +43,19 @@ def owned(workdir: Path, config: Config) -> Iterator[None]:
         _take(lock, workdir)
         _claim(workdir, config)
         yield
+
+
+def read_config(workdir: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+      OSError: the folder holds no run.
+      ValueError: a config that this version does not understand.
+    """
+    path = workdir / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{workdir} is no workdir of a run: it has no config.json")
+    return from_dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def finished(workdir: Path) -> dict[str, float] | None:

@@ -16,7 +16,7 @@ import pytest
 from flax import struct
 
 from dpo_jax import checkpoint
-from dpo_jax.checkpoint import Checkpoints, Retention, load_params
+from dpo_jax.checkpoint import Checkpoints, Retention, open_newest
 from dpo_jax.integrity import MANIFEST, DamagedError, hash_leaves, hash_tree, seal, verify
 from tests.tiny_run import ROOT
 
@@ -72,7 +72,7 @@ def restore(workdir: Path, **options: Any) -> tuple[int, dict[str, Any]]:
 def test_what_is_restored_is_what_was_saved(workdir: Path) -> None:
     step, meta = restore(workdir)
     assert (step, meta["note"], meta["step"]) == (10, "of step 10", 10)
-    assert_equal(load_params(workdir, make_state(0).params), make_state(10).params)
+    assert_equal(open_newest(workdir).params(make_state(0).params), make_state(10).params)
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_arrays_are_compared_with_their_own_hashes(workdir: Path) -> None:
     with Checkpoints(workdir) as checkpoints, pytest.raises(DamagedError, match="arrays are not what was saved"):
         checkpoints.restore(10, make_state(0))
     with pytest.raises(DamagedError, match="params/kernel"):
-        load_params(workdir, make_state(0).params)
+        open_newest(workdir).params(make_state(0).params)
 
 
 def test_a_checkpoint_of_another_step_is_foreign(workdir: Path) -> None:
@@ -216,7 +216,7 @@ def test_with_all_damaged_nothing_is_begun_anew(workdir: Path) -> None:
 def test_damage_of_another_runs_parameters_is_named(workdir: Path) -> None:
     flip_bit(files(workdir, 10)[-1], np.random.default_rng(0))
     with pytest.raises(DamagedError, match="the checkpoint of step 10 in .* is damaged: .* remove the folder 10"):
-        load_params(workdir, make_state(0).params)
+        open_newest(workdir).params(make_state(0).params)
 
 
 def test_two_damaged_checkpoints_of_a_step_are_both_kept(workdir: Path) -> None:
@@ -251,7 +251,7 @@ def test_another_structure_is_refused_with_both_sides(workdir: Path) -> None:
 def test_another_dtype_is_refused(workdir: Path) -> None:
     like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, np.float16), make_state(0).params)
     with pytest.raises(ValueError, match=r"params/kernel: the checkpoint has float32\[40,30\], this run float16"):
-        load_params(workdir, like)
+        open_newest(workdir).params(like)
 
 
 def test_whoever_restores_may_refuse(workdir: Path) -> None:
@@ -264,7 +264,7 @@ def test_whoever_restores_may_refuse(workdir: Path) -> None:
 
 def test_parameters_of_no_run_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete checkpoint in .*train that run first"):
-        load_params(tmp_path, make_state(0).params)
+        open_newest(tmp_path).params(make_state(0).params)
 
 
 # --- interrupted, full, read-only ------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def test_samples_are_reported_as_they_are(tmp_path) -> None:
     answerer, parallel = completer()
     policy, reference = (parallel.replicate(tiny_params(tiny_model(), seed)) for seed in (0, 1))
     judge = lambda texts: np.array([len(text) for text in texts], float)  # noqa: E731
-    evaluator = SampledAnswers(answerer, PROMPTS, reference, judge, tmp_path / "samples", seed=3, temperature=1.0)
+    sides = lambda state: (state.params, reference)  # noqa: E731
+    evaluator = SampledAnswers(answerer, PROMPTS, sides, judge, tmp_path / "samples", seed=3, temperature=1.0)
     state = type("State", (), {"params": policy})
     numbers = dict(evaluator(state, None, 7))
     rows = [json.loads(line) for line in (tmp_path / "samples" / "step_000007.jsonl").read_text().splitlines()]
@@ -78,8 +79,8 @@ def test_samples_are_reported_as_they_are(tmp_path) -> None:
 def test_a_policy_that_is_its_reference_has_no_kl(tmp_path) -> None:
     answerer, parallel = completer()
     params = parallel.replicate(tiny_params(tiny_model()))
-    evaluator = SampledAnswers(answerer, PROMPTS, params, None, tmp_path, seed=0, temperature=1.0)
-    numbers = dict(evaluator(type("State", (), {"params": params}), None, 0))
+    evaluator = SampledAnswers(answerer, PROMPTS, lambda _: (params, params), None, tmp_path, seed=0, temperature=1.0)
+    numbers = dict(evaluator(None, None, 0))
     assert numbers["kl"] == 0.0 and numbers["kl_se"] == 0.0
     assert "reward" not in numbers
 

@@ -17,6 +17,7 @@ LAYERS = {
     "dpo_jax.types": 0,
     "dpo_jax.trees": 0,
     "dpo_jax.integrity": 0,
+    "dpo_jax.lora": 1,
     "dpo_jax.logprobs": 1,
     "dpo_jax.losses": 1,
     "dpo_jax.metrics": 1,

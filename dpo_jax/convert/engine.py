@@ -86,7 +86,13 @@ def _slots(rule: Rule, shape: tuple[int, ...]) -> list[Slot]:
     return [Slot(rule.theirs.replace(LAYER, str(n)), rule.ours, n, rule.transpose, part) for n in layers]
 
 
-def check_names(slots: Iterable[Slot], entries: Mapping[str, Entry], ignored: str, folder: Path) -> None:
+def check_names(
+    slots: Iterable[Slot],
+    entries: Mapping[str, Entry],
+    ignored: str,
+    folder: Path,
+    expected_by: str = "those of its config.json",
+) -> None:
     """Raises ValueError unless file and model hold the same tensors in the same shapes; lists what each side lacks.
 
     Args:
@@ -94,13 +100,14 @@ def check_names(slots: Iterable[Slot], entries: Mapping[str, Entry], ignored: st
       entries: what the files hold.
       ignored: regular expression of names that carry no weights.
       folder: for the message.
+      expected_by: what says so, for the message.
     """
     expected = {slot.theirs: slot for slot in slots}
     unexpected = [name for name in entries if name not in expected and not re.fullmatch(ignored, name)]
     missing = [name for name in expected if name not in entries]
     if unexpected or missing:
         raise ValueError(
-            f"the weights in {folder} are not those of its config.json:\n  "
+            f"the weights in {folder} are not {expected_by}:\n  "
             f"in the files, without a place in the model: {_listing(unexpected)}\n  "
             f"in the model, not in the files: {_listing(missing)}"
         )

@@ -99,7 +99,7 @@ def open_pretrained(name: str, revision: str | None = None) -> Pretrained:
     if not folder.is_dir():
         folder = _download(name, revision)
     path = folder / CONFIG
-    raw = _read_json(path)
+    raw = read_json(path)
     kind = raw.get("model_type")
     if kind not in TABLES:
         raise ValueError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(TABLES)}")
@@ -171,7 +171,8 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises OSError where there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; expected a folder that save_pretrained wrote")
     try:

@@ -155,16 +155,17 @@ def write_tensors(
     count = len(shards)
     files = [SINGLE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for file, names in zip(files, shards, strict=True):
-        _write_file(folder / file, {name: shapes[name] for name in names}, dtype, make)
+        write_file(folder / file, {name: shapes[name] for name in names}, dtype, make)
     if count > 1:
         where = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_file(
+def write_file(
     path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, make: Callable[[str], np.ndarray]
 ) -> None:
+    """Writes tensors into one file; arguments as of :func:`write_tensors`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from dpo_jax.lora import Adapter
 from dpo_jax.models.rope import Rope
 
 REMAT = ("none", "dots", "full")  # what a layer keeps for the backward pass: everything, products, its input alone
@@ -41,6 +42,7 @@ class DecoderConfig:
       output_dtype: of the final hidden states and of the product with the head; None is ``dtype``.
       unroll: layers of the scan that are compiled side by side; a divisor of N.
       remat: a name in REMAT.
+      adapter: low-rank adapters of linear layers; None for none.
     """
 
     vocab_size: int
@@ -67,6 +69,7 @@ class DecoderConfig:
     output_dtype: Any = None
     unroll: int = 1
     remat: str = "none"
+    adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
         if self.head_size is None and self.width % self.heads:

@@ -81,7 +81,7 @@ class Decoder(nn.Module):
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
-            split_rngs={"params": True},
+            split_rngs={"params": True, "dropout": True},
             in_axes=(0, 0, nn.broadcast),
             length=c.layers,
             unroll=c.unroll,

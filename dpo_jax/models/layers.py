@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from dpo_jax import lora
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import Array
 
@@ -152,7 +153,11 @@ _half_product.defvjp(_half_forward, _half_backward)
 
 
 class Dense(nn.Module):
-    """x W + b, with logical axis names on W; layers that write to the residual stream start 1/√(2N) smaller."""
+    """x W + b, with logical axis names on W; layers that write to the residual stream start 1/√(2N) smaller.
+
+    With an adapter in the config whose layers are this one's, x W + b + (α/r)·(x A) B. A's input passes through dropout
+    wherever there is a random stream of that name.
+    """
 
     config: DecoderConfig
     features: int
@@ -167,11 +172,24 @@ class Dense(nn.Module):
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, c.param_dtype)
         y = product(x, kernel, c.dtype)
+        if c.adapter is not None and c.adapter.matches("/".join(self.path)):
+            y += self._low_rank(x, c.adapter)
         if not self.bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
         bias = self.param("bias", zeros, (self.features,), c.param_dtype)
         return y + jax.lax.expand_dims(bias.astype(c.dtype), range(x.ndim - 1))
+
+    def _low_rank(self, x: Array, adapter: lora.Adapter) -> Array:
+        dtype = self.config.dtype
+        init_a = nn.with_logical_partitioning(lora.init_a, (self.axes[0], None))
+        init_b = nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, self.axes[1]))
+        # fp32 whatever the base's dtype: they are small, and small updates must not round away.
+        a = self.param(lora.A, init_a, (x.shape[-1], adapter.rank), jnp.float32)
+        b = self.param(lora.B, init_b, (adapter.rank, self.features), jnp.float32)
+        if adapter.dropout and self.has_rng("dropout"):
+            x = nn.Dropout(adapter.dropout, deterministic=False)(x)
+        return adapter.scale * product(product(x, a, dtype), b, dtype)
 
 
 class LayerNorm(nn.Module):

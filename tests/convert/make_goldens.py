@@ -54,13 +54,13 @@ def _check(goldens: Path, folder: Path) -> None:
 
 def _golden(name: str, first: int) -> dict:
     for seed in range(first, first + 100):
-        golden = _measure(_load(name, seed), seed)
+        golden = _measure(load(name, seed), seed)
         if golden.pop("gap") >= LEAST_GAP:
             return golden
     raise SystemExit(f"{name}: no seed without a toss-up")
 
 
-def _load(name: str, seed: int) -> transformers.PreTrainedModel:
+def load(name: str, seed: int) -> transformers.PreTrainedModel:
     """A model from a folder whose files have the names and shapes that transformers itself gives them."""
     config = cases.config_of(name)
     kind = config["model_type"]
