@@ -9,6 +9,7 @@ chosen, rejected                                         messages (prompt: the l
 conversations, chosen, rejected                          ShareGPT
 conversations | messages, label                          one answer, desirable or not (KTO)
 prompt, completion, label                                the same
+prompt, completion; conversations; messages              one answer to be imitated (sft); no label, chosen or rejected
 prompt, completions | responses, scores                  scored answers, to be paired
 =======================================================  ==============================================================
 
@@ -115,7 +116,7 @@ def sharegpt_pair(row: Row) -> Record:
 
 
 def labelled_completion(row: Row) -> Record:
-    """{prompt, completion, label}: text or messages."""
+    """{prompt, completion} with a label, or to be imitated: text or messages."""
     prompt, completion = records.field(row, "prompt"), records.field(row, "completion")
     role = _role(row)
     if not records.is_conversation(prompt) and not records.is_conversation(completion):
@@ -136,7 +137,7 @@ def labelled_completion(row: Row) -> Record:
 
 
 def labelled_messages(row: Row) -> Record:
-    """{messages, label} or {conversations, label}: the last turn is the answer."""
+    """{messages} or {conversations} with a label, or to be imitated: the last turn is the answer."""
     name = "messages" if row.get("messages") is not None else "conversations"
     messages = records.messages_of(records.field(row, name), name)
     if len(messages) < 2:
@@ -172,6 +173,8 @@ def _spoken(value: Any, name: str) -> tuple[Message, ...]:
 
 
 def _role(row: Row) -> int:
+    if not row.keys() & {"label", "chosen", "rejected"}:
+        return CHOSEN  # nothing is said of answers that are only shown
     return CHOSEN if records.label_of(records.field(row, "label")) else REJECTED
 
 
@@ -194,6 +197,9 @@ SHAPES: tuple[tuple[tuple[str, ...], Parser], ...] = (
     (("prompt", "completions"), scored_completions),
     (("prompt", "responses"), scored_completions),
     (("instruction", "completions"), scored_completions),
+    (("prompt", "completion"), labelled_completion),
+    (("messages",), labelled_messages),
+    (("conversations",), labelled_messages),
 )
 
 

@@ -86,6 +86,8 @@ SHAPES = {
         {"messages": chat("a", "b"), "label": False},
         Record((user("a"),), (Reply((assistant("b"),), REJECTED),)),
     ),
+    "shown text": ({"prompt": "a", "completion": "b"}, Record("a", (Reply("b", CHOSEN),))),
+    "shown messages": ({"messages": chat("a", "b")}, Record((user("a"),), (Reply((assistant("b"),), CHOSEN),))),
     "scored texts": (
         {"prompt": "a", "completions": ["b", "c"], "scores": [1, 2.5]},
         Record("a", (Reply("b", CHOSEN, 1.0), Reply("c", CHOSEN, 2.5)), scored=True),
@@ -116,6 +118,8 @@ BAD = {
     "message is text": ({"messages": ["a", "b"], "label": True}, "wrong type"),
     "role is unknown": ({"messages": [{"role": "critic", "content": "x"}], "label": True}, "unknown role"),
     "no content": ({"messages": [{"role": "user"}], "label": True}, "missing field"),
+    "label is null": ({"prompt": "a", "completion": "b", "label": None}, "missing field"),
+    "half of a pair": ({"messages": chat("a", "b"), "chosen": chat("a", "b"), "rejected": None}, "missing field"),
     "label is text": ({"prompt": "a", "completion": "b", "label": "good"}, "wrong label"),
     "label is 2": ({"prompt": "a", "completion": "b", "label": 2}, "wrong label"),
     "score is NaN": ({"prompt": "a", "completions": ["b"], "scores": [float("nan")]}, "wrong type"),
