@@ -15,6 +15,7 @@ import optax
 
 from dpo_jax import lora
 from dpo_jax.config import Config
+from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.pipeline import Pipeline, Source
 from dpo_jax.guards import Guarded, guard
@@ -126,7 +127,7 @@ def make_pipeline(config: Config, parts: Parts, source: Source) -> Pipeline:
 
 
 def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int]:
-    """Reads all examples once, so that one that does not fit is named now, and not in the middle of a run.
+    """Looks at all examples, so that one that does not fit is named now, and not in the middle of a run.
 
     Returns:
       Number of answers by role.
@@ -134,24 +135,40 @@ def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int
     Raises:
       ValueError: an example with a longer prompt or answer than the shape has room for, or a token that is none.
     """
+    if _known_to_fit(source, shape, vocab_size):
+        return Counter(source.roles().ravel().tolist())
     roles: Counter[int] = Counter()
     for i in range(len(source)):
         example = source[i]
+        _check_example(example, shape, vocab_size)
         roles.update(answer.role for answer in example.answers)
-        lengths = [len(example.prompt), *(len(answer.tokens) for answer in example.answers)]
-        if lengths[0] > shape.prompt_length or max(lengths[1:]) > shape.answer_length:
-            raise ValueError(
-                f"example {example.uid} has a prompt of {lengths[0]} tokens and answers of {lengths[1:]}; there is "
-                f"room for {shape.prompt_length} (config.data.prompt_length) and {shape.answer_length} "
-                "(config.data.answer_length): raise them, or prepare shorter examples"
-            )
-        tokens = np.concatenate([example.prompt, *(answer.tokens for answer in example.answers)])
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            raise ValueError(
-                f"example {example.uid} has tokens from {tokens.min()} to {tokens.max()}; the tokenizer has those "
-                f"below {vocab_size}: prepare the examples with the tokenizer of this run"
-            )
     return roles
+
+
+def _known_to_fit(source: Any, shape: Shape, vocab_size: int) -> bool:
+    """Whether a source that knows its lengths, roles and tokens without being read says that all is well."""
+    if not hasattr(source, "token_range"):
+        return False
+    longest = source.lengths().max(axis=0)
+    least, greatest = source.token_range()
+    short = longest[0] <= shape.prompt_length and longest[1:].max() <= shape.answer_length
+    return bool(short and least >= 0 and greatest < vocab_size)
+
+
+def _check_example(example: Example, shape: Shape, vocab_size: int) -> None:
+    lengths = [len(example.prompt), *(len(answer.tokens) for answer in example.answers)]
+    if lengths[0] > shape.prompt_length or max(lengths[1:]) > shape.answer_length:
+        raise ValueError(
+            f"example {example.uid} has a prompt of {lengths[0]} tokens and answers of {lengths[1:]}; there is "
+            f"room for {shape.prompt_length} (config.data.prompt_length) and {shape.answer_length} "
+            "(config.data.answer_length): raise them, or prepare shorter examples"
+        )
+    tokens = np.concatenate([example.prompt, *(answer.tokens for answer in example.answers)])
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise ValueError(
+            f"example {example.uid} has tokens from {tokens.min()} to {tokens.max()}; the tokenizer has those "
+            f"below {vocab_size}: prepare the examples with the tokenizer of this run"
+        )
 
 
 def param_shapes(parts: Parts) -> Params:

@@ -72,6 +72,11 @@ class DataParallel:
         return jax.pmap(counted, axis_name=self.axis.name, devices=self.devices, donate_argnums=donate_argnums)
 
 
+def run_compiled(fn: Callable[..., Any], *args: Any) -> Any:
+    """``fn(*args)`` as one program that is run once; on its own, each operation would be compiled by itself."""
+    return jax.jit(fn)(*args)
+
+
 def check_divides(batch_size: int, micro_batches: int, devices: int) -> None:
     """Raises ValueError unless a batch splits evenly over devices and micro-batches."""
     parts = devices * micro_batches

@@ -16,6 +16,7 @@ from dpo_jax.convert.peft import read_adapters
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.integrity import hash_tree
 from dpo_jax.models import init_params, make_model
+from dpo_jax.parallel import run_compiled
 from dpo_jax.trees import structure_diff
 from dpo_jax.types import Params
 from dpo_jax.workdir import read_config
@@ -72,7 +73,7 @@ def start_params(config: Config, model: nn.Module) -> Params:
         return load_policy(Path(config.init.run), model)
     if config.init.hf is not None:
         return open_pretrained(config.init.hf).params(model)
-    return init_params(model, jax.random.key(config.seed))
+    return run_compiled(lambda key: init_params(model, key), jax.random.key(config.seed))
 
 
 def start_adapters(config: Config, model: nn.Module) -> Params:

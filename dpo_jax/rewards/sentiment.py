@@ -13,15 +13,15 @@ import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import expit
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
 from dpo_jax.data import folders, windows
 from dpo_jax.data.imdb import Review
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 REWARD_FILE = "reward.json"
 FORMAT_VERSION = 1
@@ -78,6 +78,8 @@ class SentimentReward:
         """
         if not texts:
             return np.zeros(0)
+        from scipy.special import expit
+
         return expit(self._vectorizer.transform(texts) @ self.weight_T + self.intercept)
 
     @classmethod
@@ -101,6 +103,8 @@ class SentimentReward:
                 f"The reward needs reviews of both labels, got {len(labels)} runs of sentences with the labels "
                 f"{sorted(set(labels))}. Look at the part of the reviews that it is trained on."
             )
+        from sklearn.linear_model import LogisticRegression
+
         vectorizer = _vectorizer(settings.words, min_df=settings.min_runs)
         try:
             tfidf = vectorizer.fit_transform(texts)
@@ -174,6 +178,9 @@ class SentimentReward:
 
 
 def _vectorizer(words: int, **kwargs: Any) -> TfidfVectorizer:
+    # scikit-learn takes a second to import, and every program imports this module; few judge anything.
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
     return TfidfVectorizer(ngram_range=(1, words), sublinear_tf=True, token_pattern=_WORD, **kwargs)
 
 
