@@ -17,7 +17,7 @@ from dpo_jax import lora
 from dpo_jax.config import Config
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape
-from dpo_jax.data.pipeline import Pipeline, Source
+from dpo_jax.data.pipeline import Described, Pipeline, Source
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
 from dpo_jax.models import init_params
@@ -135,7 +135,7 @@ def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int
     Raises:
       ValueError: an example with a longer prompt or answer than the shape has room for, or a token that is none.
     """
-    if _known_to_fit(source, shape, vocab_size):
+    if isinstance(source, Described) and _all_fit(source, shape, vocab_size):
         return Counter(source.roles().ravel().tolist())
     roles: Counter[int] = Counter()
     for i in range(len(source)):
@@ -145,10 +145,7 @@ def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int
     return roles
 
 
-def _known_to_fit(source: Any, shape: Shape, vocab_size: int) -> bool:
-    """Whether a source that knows its lengths, roles and tokens without being read says that all is well."""
-    if not hasattr(source, "token_range"):
-        return False
+def _all_fit(source: Described, shape: Shape, vocab_size: int) -> bool:
     longest = source.lengths().max(axis=0)
     least, greatest = source.token_range()
     short = longest[0] <= shape.prompt_length and longest[1:].max() <= shape.answer_length

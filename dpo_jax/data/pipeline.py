@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import grain
 import numpy as np
@@ -32,6 +32,23 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
+
+
+@runtime_checkable
+class Described(Source, Protocol):
+    """A source that knows its examples without reading them."""
+
+    def lengths(self) -> np.ndarray:
+        """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
+        ...
+
+    def roles(self) -> np.ndarray:
+        """int [n, answers]."""
+        ...
+
+    def token_range(self) -> tuple[int, int]:
+        """(least, greatest) token."""
+        ...
 
 
 @dataclass
