@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import reference, train
+from dpo_jax import lora, reference, train
 from dpo_jax.build import build
 from dpo_jax.data.layouts import LAYOUTS, Shape, split_targets
 from dpo_jax.data.pipeline import Pipeline
@@ -186,7 +186,8 @@ def test_another_reference_has_another_identity(pairs: Path) -> None:
 
 def test_what_log_probabilities_do_not_depend_on_shares_a_store(pairs: Path) -> None:
     changes = {"loss.name": "kto", "loss.beta": 0.5, "data.layout": "shared_prefix", "data.batch_size": 8}
-    assert identity(pairs, **changes, **{"optim.learning_rate": 1.0, "model.remat": "full"}) == identity(pairs)
+    others = {"optim.learning_rate": 1.0, "model.remat": "full", "lora.rank": 2}
+    assert identity(pairs, **changes, **others) == identity(pairs)
 
 
 @pytest.mark.parametrize(
@@ -224,19 +225,20 @@ def test_runs_with_a_store_equal_those_without_and_continue_to_the_bit(pairs: Pa
 
 
 def test_the_reference_pass_scores_in_rows_like_those_of_the_run(pairs: Path) -> None:
-    """Packed rows on two devices, the last batch not full, in one compiled program."""
+    """Packed rows on two devices, the last batch not full, in one compiled program; the base alone, of adapters."""
     packed = {"data.layout": "packed", "data.row_length": 40, "data.row_examples": 3, "data.batch_size": 8}
-    config = tiny_run.make_config(pairs, **packed, **{"parallel.devices": 2, "train.micro_batches": 1})
+    config = tiny_run.make_config(pairs, **packed, **{"parallel.devices": 2, "train.micro_batches": 1, "lora.rank": 2})
     dataset = open_dataset(config.data)
     parts = build(config, vocab_size=len(dataset.tokenizer), answers=2)
     parallel = DataParallel(jax.local_devices()[:2])
-    params = train.start_params(config, parts.model)
+    model = lora.with_adapter(parts.model, None)
+    params = train.start_params(config, model)
     run = reference.ReferencePass(config, parts, parallel, lambda: params)
     found = {e.uid: logps for e, logps in run(iter(dataset.train))}
     assert parallel.traces == {"reference": 1}
     assert len(found) == len(dataset.train)
-    forward = jax.jit(lambda t, p, m: parts.model.apply({"params": params}, t, p, m)[0])
-    head = np.asarray(parts.model.apply({"params": params}, method="head"), np.float64)
+    forward = jax.jit(lambda t, p, m: model.apply({"params": params}, t, p, m)[0])
+    head = np.asarray(model.apply({"params": params}, method="head"), np.float64)
     length = config.data.prompt_length + config.data.answer_length
     mask = np.tril(np.ones((1, length, length), bool))
     for example in (dataset.train[0], dataset.train[25]):
