@@ -17,7 +17,7 @@ SCHEDULES: dict[str, Callable[[Array, int, int], Array]] = {
 }
 
 
-_MATRICES = ("kernel", "token_embedding", "lora_a", "lora_b")
+_VECTORS = ("bias", "scale")  # in every layer; all other parameters are matrices
 
 
 def schedule(name: str, step: Array, *, warmup: int, steps: int) -> Array:
@@ -45,7 +45,7 @@ def make_optimizer(
       b1: decay of the mean of gradients.
       b2: decay of the mean of squared gradients.
       epsilon: added to the root of the latter.
-      weight_decay: decoupled, on matrices only (not on norms and biases).
+      weight_decay: decoupled, on matrices only: embeddings, kernels, head and adapters, not norms and biases.
       clip_norm: largest global norm of the gradient; None leaves it alone.
     """
     parts = [optax.clip_by_global_norm(clip_norm)] if clip_norm is not None else []
@@ -54,7 +54,7 @@ def make_optimizer(
 
 
 def _is_matrix(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in _MATRICES, params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key not in _VECTORS, params)
 
 
 def _progress(step: Array, warmup: int, steps: int) -> Array:

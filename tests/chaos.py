@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 
@@ -35,6 +36,8 @@ VARIANTS = {
     "kto": {"loss.name": "kto"},
     "tr_dpo": {"loss.name": "dpo", "reference.sync_every": 3},
     "beta_dpo": {"loss.name": "beta_dpo"},
+    "lora": {"loss.name": "dpo", "lora.rank": 2, "lora.dropout": 0.25},
+    "store": {"loss.name": "kto", "reference.store": "{run}.store"},  # killed while it is written, too
 }
 
 _FORK = multiprocessing.get_context("fork")
@@ -95,7 +98,8 @@ def run(folder: Path, kills: int, variants: list[str], seed: int) -> Tally:
 
 def _start(folder: Path, variant: str, workdir: Path) -> Process:
     """A training in a process of its own. It is forked: what takes time before a run begins is done already."""
-    answers = 1 if variant in ("sft", "kto") else 2
+    changes = {key: _filled(value, workdir) for key, value in VARIANTS[variant].items()}
+    answers = 1 if changes["loss.name"] in ("sft", "kto") else 2
     data = folder / f"data{answers}"
     if not data.is_dir():
         data.mkdir()
@@ -103,10 +107,14 @@ def _start(folder: Path, variant: str, workdir: Path) -> Process:
         writer = _FORK.Process(target=tiny_run.write_data, args=(data,), kwargs={"answers": answers})
         writer.start()
         writer.join()
-    config = tiny_run.make_config(data, **BASE, **VARIANTS[variant])
+    config = tiny_run.make_config(data, **BASE, **changes)
     process = _FORK.Process(target=_train, args=(config, workdir))
     process.start()
     return process
+
+
+def _filled(value: Any, workdir: Path) -> Any:
+    return value.format(run=workdir) if isinstance(value, str) else value
 
 
 def _train(config: Config, workdir: Path) -> None:

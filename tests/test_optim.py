@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from dpo_jax.optim import SCHEDULES, make_optimizer, schedule
+from dpo_jax.optim import SCHEDULES, _is_matrix, make_optimizer, schedule
 from dpo_jax.parallel import DataParallel
 from tests.tiny import random_examples, setup, tiny_model, tiny_params
 
@@ -70,8 +70,9 @@ def test_weight_decay_is_for_matrices_alone() -> None:
     updates, _ = optimizer.update(zero, optimizer.init(params), params)
     moved = {jax.tree_util.keystr(path, simple=True, separator="/") for path, u in _leaves(updates) if bool(u.any())}
     still = {jax.tree_util.keystr(path, simple=True, separator="/") for path, u in _leaves(updates)} - moved
-    assert moved and all(name.rpartition("/")[2] in ("kernel", "token_embedding") for name in moved)
-    assert {name.rpartition("/")[2] for name in still} >= {"scale", "bias"}
+    assert {name.rpartition("/")[2] for name in moved} == {"kernel", "token_embedding", "position_embedding"}
+    assert {name.rpartition("/")[2] for name in still} == {"scale", "bias"}
+    assert _is_matrix({"head": 0.0, "lora_a": 0.0}) == {"head": True, "lora_a": True}
 
 
 def _leaves(tree):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from dpo_jax.logprobs import score
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import init_params, make_model
 from dpo_jax.optim import make_optimizer
-from dpo_jax.parallel import DataParallel
+from dpo_jax.parallel import DataParallel, run_compiled
 from dpo_jax.types import CHOSEN, REJECTED, PreferenceBatch
 
 VOCAB = 37
@@ -34,8 +35,12 @@ def tiny_model(**sizes: Any):
 
 def tiny_params(model, seed: int = 0, scale: float = 8.0):
     """Fresh parameters with large matrices, so that distributions are far from even."""
-    params = init_params(model, jax.random.key(seed))
-    return jax.tree.map(lambda p: p * scale if p.ndim > 1 else p, params)
+    return jax.tree.map(lambda p: p * scale if p.ndim > 1 else p, _fresh(model, seed))
+
+
+@functools.cache
+def _fresh(model, seed: int):
+    return jax.tree.map(np.asarray, run_compiled(lambda key: init_params(model, key), jax.random.key(seed)))
 
 
 class Bigram(nn.Module):
