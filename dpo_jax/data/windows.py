@@ -53,7 +53,7 @@ class Window:
     complete: bool
 
 
-def sentences_of(text: str) -> list[str]:
+def sentences_of(text: str, characters: int | None = None) -> list[str]:
     """Splits a text after ``. ! ? …``; abbreviations, initials and dots before a small letter do not end a sentence.
 
     ``"Mr. Lee ran... and fell. Why? (He slipped.) ok"`` gives ``"Mr. Lee ran... and fell."``, ``" Why?"`` and
@@ -61,16 +61,20 @@ def sentences_of(text: str) -> list[str]:
 
     Args:
       text: with single spaces between words.
+      characters: leave out the sentences that begin after that many characters; None takes all.
 
     Returns:
-      The sentences, which joined are the text; all but the first begin with their space.
+      The sentences, which joined are the text or its beginning; all but the first begin with their space.
     """
     sentences, start = [], 0
+    last = len(text) if characters is None else characters
     for match in _END.finditer(text):
+        if start > last:
+            return sentences
         if _ends_sentence(text, match):
             sentences.append(text[start : match.end()])
             start = match.end()
-    if start < len(text):
+    if start < len(text) and start <= last:
         sentences.append(text[start:])
     return sentences
 
@@ -117,21 +121,14 @@ def encode_sentences(
     Args:
       tokenizer: a byte-level tokenizer.
       texts: cleaned texts.
-      characters: leave out the sentences that begin after that many characters; None takes all.
+      characters: as of ``sentences_of``.
 
     Returns:
       For every text its sentences, int32 [n] each.
     """
-    split = [sentences_of(text) for text in texts]
-    if characters is not None:
-        split = [_head(sentences, characters) for sentences in split]
+    split = [sentences_of(text, characters) for text in texts]
     tokens = iter(tokenizers.encode(tokenizer, [sentence for sentences in split for sentence in sentences]))
     return [list(itertools.islice(tokens, len(sentences))) for sentences in split]
-
-
-def _head(sentences: list[str], characters: int) -> list[str]:
-    starts = itertools.accumulate(map(len, sentences), initial=0)
-    return [sentence for sentence, start in zip(sentences, starts, strict=False) if start <= characters]
 
 
 def opening_window(sentences: Sequence[np.ndarray], window: int, bos: int, eos: int) -> Window:

@@ -58,6 +58,13 @@ def test_sentences(text, sentences):
     assert windows.sentences_of(text) == sentences
 
 
+@pytest.mark.parametrize(("characters", "count"), [(0, 1), (8, 1), (9, 2), (13, 2), (14, 3), (99, 4)])
+def test_sentences_that_begin_late_are_left_out(characters: int, count: int):
+    """They begin after 0, 9, 14 and 20 characters."""
+    text = "It is so. Why? Well! End"
+    assert windows.sentences_of(text, characters) == ["It is so.", " Why?", " Well!", " End"][:count]
+
+
 def test_runs_of_sentences():
     assert windows.sentence_runs("Bad. Sad. I left early.", 12) == ["Bad. Sad.", " I left early."]
     assert windows.sentence_runs("", 12) == []
@@ -68,6 +75,7 @@ def test_runs_of_sentences():
 def test_sentences_and_their_tokens_join_to_the_text(raw):
     text = clean_text(raw)
     assert "".join(windows.sentences_of(text)) == text
+
     (sentences,) = windows.encode_sentences(TOKENIZER, [text])
     whole = tokenizers.encode(TOKENIZER, [text])[0]
     assert np.concatenate([*sentences, np.zeros(0, np.int32)]).tolist() == whole.tolist()
