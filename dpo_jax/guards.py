@@ -151,6 +151,15 @@ class Watch:
         self._stuck = self._equal = 0
         self._said: set[str] = set()
 
+    def memory(self) -> dict[str, Any]:
+        """What a run that goes on from here must know to warn as this one would; JSON values."""
+        return {"entropy": self._entropy, "stuck": self._stuck, "equal": self._equal, "said": sorted(self._said)}
+
+    def remember(self, memory: Mapping[str, Any]) -> None:
+        """Goes on from what ``memory`` gave."""
+        self._entropy, self._stuck, self._equal = memory["entropy"], memory["stuck"], memory["equal"]
+        self._said = set(memory["said"])
+
     def first_step(self, numbers: Mapping[str, float]) -> Iterator[str]:
         """Warnings about the numbers of step 1, which are measured before its update."""
         margin = numbers.get("rewards/margins", 0.0)

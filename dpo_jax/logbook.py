@@ -59,13 +59,15 @@ class Logbook:
     def memory(self) -> dict[str, Any]:
         """What a run that goes on from here must know to write the lines that this one would have; JSON values."""
         window = None if self._window is None else {name: _to_json(m) for name, m in self._window.items()}
-        return {"tokens": self._tokens, "window": window, "latest": self.latest, "skipped": self.skipped}
+        known = {"tokens": self._tokens, "window": window, "latest": self.latest, "skipped": self.skipped}
+        return known | {"watch": self._watch.memory()}
 
     def remember(self, memory: Mapping[str, Any]) -> None:
         """Goes on from what ``memory`` gave."""
         window = memory["window"]
         self._window = None if window is None else {name: _from_json(m) for name, m in window.items()}
         self._tokens, self.latest, self.skipped = memory["tokens"], dict(memory["latest"]), memory["skipped"]
+        self._watch.remember(memory["watch"])
 
     def add(self, step: int, metrics: Any) -> dict[str, float]:
         """Takes the metrics of a step, still on the devices; returns the numbers of the step before it."""

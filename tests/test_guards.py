@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -122,6 +125,20 @@ def test_collapsing_entropy_is_warned_about_once() -> None:
     assert step == 3 and "the entropy of the policy is 0.29 nats a token, below a tenth of the 3 at the start" in text
 
 
+def test_a_watch_that_is_continued_warns_as_the_uninterrupted_one() -> None:
+    stuck = {"loss": math.log(2), "log_ratio/mean": 0.1, "entropy": 3.0}
+    whole, first, second = Watch(True), Watch(True), Watch(True)
+    lines = [stuck, stuck, stuck, {"entropy": 0.2}, {"entropy": 0.1}]
+    expected = [list(whole.look(step, numbers)) for step, numbers in enumerate(lines, start=1)]
+    assert [len(words) for words in expected] == [0, 0, 1, 1, 0]
+    got = [list(first.look(step, numbers)) for step, numbers in enumerate(lines[:2], start=1)]
+    second.remember(json.loads(json.dumps(first.memory())))
+    got += [list(second.look(step, numbers)) for step, numbers in enumerate(lines[2:4], start=3)]
+    third = Watch(True)
+    third.remember(second.memory())
+    assert [*got, list(third.look(5, lines[4]))] == expected
+
+
 # --- the logbook's memory --------------------------------------------------------------------------------------------
 
 
@@ -150,7 +167,6 @@ def metrics_of(step: int):
 
 @pytest.mark.parametrize("stop", range(1, 12))
 def test_a_logbook_that_is_continued_writes_the_same_lines(stop: int) -> None:
-    import json
 
     whole, parts = Lines(), Lines()
     log = logbook(whole)

@@ -66,7 +66,8 @@ def sentences_of(text: str, characters: int | None = None) -> list[str]:
     Returns:
       The sentences, which joined are the text or its beginning; all but the first begin with their space.
     """
-    sentences, start = [], 0
+    sentences: list[str] = []
+    start = 0
     last = len(text) if characters is None else characters
     for match in _END.finditer(text):
         if start > last:
