@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
                 "row_length": placeholder(int),  # positions of a row of the packed layout
                 "row_examples": 8,  # most examples in a row of the packed layout
                 "batch_size": 64,  # examples in a batch, over all devices; of the packed layout rows
+                "flip": 0.0,  # share of the training labels that are flipped, drawn by seed; held-out ones stay
                 # For the source "files":
                 "eval_path": placeholder(str),  # held-out files; None holds out data.eval_share of the prompts
                 "eval_share": 0.05,

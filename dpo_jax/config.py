@@ -47,6 +47,7 @@ class DataConfig:
     pairs: str
     on_error: str
     max_skips: float
+    flip: float
 
 
 @dataclass(frozen=True)
@@ -317,6 +318,7 @@ def _check_lora(c: Config) -> None:
 _MAY_BE_ZERO = {
     "seed",
     "data.mixture_seed",
+    "data.flip",
     "optim.warmup_steps",
     "optim.weight_decay",
     "optim.b1",
@@ -333,6 +335,7 @@ _AT_MOST = {
     "optim.b2": (1.0, False),
     "reference.sync_rate": (1.0, True),
     "lora.dropout": (1.0, False),
+    "data.flip": (1.0, True),
 }
 
 

@@ -6,7 +6,7 @@ import ast
 import contextlib
 import logging as std_logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +41,39 @@ def main(
     workdir = flags.DEFINE_string("workdir", None, "folder of this run: made when new, continued when not")
     paths = {name: flags.DEFINE_string(name, None, text) for name, (text, _) in tools.items()}
 
-    for name in ("config", "workdir", *paths):
+    def start() -> None:
+        chosen = [name for name, flag in paths.items() if flag.value is not None]
+        if chosen:
+            tools[chosen[0]][1](Path(paths[chosen[0]].value or ""))
+        elif config.value is None or workdir.value is None:
+            raise app.UsageError(f"--config and --workdir are needed, such as {example}")
+        else:
+            program(from_config_dict(config.value), Path(workdir.value))
+
+    launch(purpose, example, start, ("config", "workdir", *paths))
+
+
+def launch(purpose: str, example: str, start: Callable[[], None], names: Sequence[str]) -> None:
+    """Parses the command line and starts a program, whose mistakes of the user are told in one line.
+
+    Args:
+      purpose: what the program does; ``--help`` says it.
+      example: a command that runs it.
+      start: the program; it reads the flags itself.
+      names: its flags.
+    """
+    for name in names:
         # --help shows the flags of the program that was started, and this module is none.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
-    def start(argv: list[str]) -> None:
+    def begin(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
         with user_errors():
-            chosen = [name for name, flag in paths.items() if flag.value is not None]
-            if chosen:
-                tools[chosen[0]][1](Path(paths[chosen[0]].value or ""))
-            elif config.value is None or workdir.value is None:
-                raise app.UsageError(f"--config and --workdir are needed, such as {example}")
-            else:
-                program(from_config_dict(config.value), Path(workdir.value))
+            start()
 
     sys.modules["__main__"].__doc__ = f"{purpose}\n\n  {example}\n\n{_KEYS}"
-    app.run(start, flags_parser=_parse)
+    app.run(begin, flags_parser=_parse)
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -77,6 +77,69 @@ def run_compiled(fn: Callable[..., Any], *args: Any) -> Any:
     return jax.jit(fn)(*args)
 
 
+class Population:
+    """Independent runs side by side: each device steps its own members by one vmapped program; nothing is exchanged.
+
+    Args:
+      members: how many.
+      devices: what they are spread over; those without a member stay idle.
+
+    Attributes:
+      devices: those in use.
+      traces: how often the step has been traced; once for batches that all members share, once for those of their own.
+    """
+
+    def __init__(self, members: int, devices: Sequence[jax.Device]) -> None:
+        self.devices = list(devices)[:members]
+        self.members, self.seats = members, -(-members // len(self.devices))
+        self.traces: collections.Counter[str] = collections.Counter()
+
+    def train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles (state, common, batch, hyper) → (state, metrics) of one member into a step of all of them.
+
+        Args:
+          step: ``common`` is what all members read and none changes.
+
+        Returns:
+          step(states, common, batches, hypers, same) with arguments from ``stack``, ``replicate`` and ``batches``;
+          ``same`` tells whether all members read one batch.
+        """
+        compiled = {same: self._compile(step, same) for same in (True, False)}
+        return lambda states, common, batches, hypers, same: compiled[same](states, common, batches, hypers)
+
+    def stack(self, trees: Sequence[Any]) -> Any:
+        """Trees of all members → leaves [devices, seats, …]; seats that are over hold the last member again."""
+        filled = [*trees, *[trees[-1]] * (len(self.devices) * self.seats - len(trees))]
+        return jax.tree.map(lambda *a: np.stack(a).reshape(len(self.devices), self.seats, *np.shape(a[0])), *filled)
+
+    def replicate(self, tree: Any) -> Any:
+        """What all members read, on every device."""
+        return jax_utils.replicate(tree, self.devices)
+
+    def batches(self, batches: Sequence[Any], micro_batches: int) -> Any:
+        """Rows [R, …] of the batch that all read → [micro-batches, R', …]; of each member's: [devices, seats, …]."""
+        split = [jax.tree.map(lambda a: a.reshape(micro_batches, -1, *a.shape[1:]), batch) for batch in batches]
+        return self.stack(split) if len(split) > 1 else split[0]
+
+    def member(self, states: Any, seat: int) -> Any:
+        """The state of one member, on the host."""
+        device, place = divmod(seat, self.seats)
+        return jax.tree.map(lambda a: np.asarray(a.addressable_data(device))[0, place], states)
+
+    def fetch(self, metrics: Any) -> Any:
+        """Metrics of all members → numpy arrays [members, …]."""
+        return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:])[: self.members], metrics)
+
+    def _compile(self, step: Callable[..., Any], same: bool) -> Callable[..., Any]:
+        def counted(*args: Any) -> Any:
+            self.traces["own batches" if not same else "one batch"] += 1  # runs while tracing only
+            return step(*args)
+
+        side_by_side = jax.vmap(counted, in_axes=(0, None, None if same else 0, 0))
+        in_axes = (0, 0, None if same else 0, 0)
+        return jax.pmap(side_by_side, axis_name="population", in_axes=in_axes, devices=self.devices, donate_argnums=0)
+
+
 def check_divides(batch_size: int, micro_batches: int, devices: int) -> None:
     """Raises ValueError unless a batch splits evenly over devices and micro-batches."""
     parts = devices * micro_batches

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from absl import logging
+
 from dpo_jax.config import DataConfig
 from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.imdb import load_reviews
 from dpo_jax.data.mixture import Mixture
-from dpo_jax.data.pipeline import Source
+from dpo_jax.data.noise import Flipped
+from dpo_jax.data.pipeline import Source, source_fingerprint
 from dpo_jax.data.preparation import Part, Reader, Request, parse_mixture, prepare
 from dpo_jax.data.prepared import PreparedExamples
 from dpo_jax.data.tokenizer import (
@@ -131,6 +135,15 @@ def imdb_reward(data: DataConfig, name: str) -> Reward:
 def tokenizer_folder(data: DataConfig) -> Path:
     """Where the tokenizer lies: the one that a config names, else the one of its data folder."""
     return Path(data.tokenizer) if data.tokenizer is not None else Path(data.dir) / f"tokenizer-{data.vocab_size}"
+
+
+def flipped(data: Dataset, share: float, seed: int) -> Dataset:
+    """The data with a share of its training labels flipped (``config.data.flip``), its held-out ones as they are."""
+    if not share:
+        return data
+    train = Flipped(data.train, share, seed, source_fingerprint(data.train))
+    logging.info("flipped the labels of %d of %d training examples (config.data.flip)", train.count, len(train))
+    return dataclasses.replace(data, train=train)
 
 
 SOURCES: dict[str, Callable[[DataConfig], Dataset]] = {

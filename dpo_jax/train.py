@@ -5,10 +5,13 @@ The same command continues a run that was interrupted, and says so when the run 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,26 +33,29 @@ from dpo_jax.build import (
 )
 from dpo_jax.checkpoint import Checkpoints, Retention
 from dpo_jax.config import Config
+from dpo_jax.data.pipeline import Pipeline, source_fingerprint
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
 from dpo_jax.guards import SKIPPED, Guarded, Watch
 from dpo_jax.integrity import hash_tree
 from dpo_jax.logbook import Logbook
 from dpo_jax.parallel import DataParallel, check_divides
 from dpo_jax.progress import Progress, duration
+from dpo_jax.shared import Shared, program_key
 from dpo_jax.start import start_adapters, start_params
 from dpo_jax.steps import Hyper, TrainState, make_eval_step
 from dpo_jax.stopping import Stopped, StopRequest
 from dpo_jax.trees import named_leaves, parameter_count
-from dpo_jax.types import CHOSEN, REJECTED, Params
+from dpo_jax.types import CHOSEN, REJECTED, Params, PreferenceBatch
 from dpo_jax.writers import make_writer
 
 
-def run(config: Config, folder: str | os.PathLike[str]) -> dict[str, float]:
+def run(config: Config, folder: str | os.PathLike[str], shared: Shared | None = None) -> dict[str, float]:
     """Trains until the config's last step, continuing from the newest checkpoint where there is one.
 
     Args:
       config: the experiment.
       folder: workdir of this run.
+      shared: what it has in common with other runs of this process.
 
     Returns:
       The last numbers of every metric.
@@ -69,10 +75,33 @@ def run(config: Config, folder: str | os.PathLike[str]) -> dict[str, float]:
             logging.info("%s is finished; remove it, or choose another --workdir, to train anew.", folder)
             return summary
         begin = time.monotonic()
-        summary = Trainer(config, folder).train(stop)
+        summary = Trainer(config, folder, shared).train(stop)
         workdir.finish(folder, summary)
         logging.info("finished in %s; results in %s", duration(time.monotonic() - begin), folder)
         return summary
+
+
+@dataclass(frozen=True)
+class Seat:
+    """Where the state of a run lies while it is trained: on all devices, or among the members of a population.
+
+    Attributes:
+      place: brings the first state there; what it returns has the attribute ``state``, on all devices.
+      fetch: brings the metrics of a step to the host.
+      stop: says when to stop.
+      batches: gives a pipeline's batches from a step on.
+      shows: whether the run shows its progress.
+    """
+
+    place: Callable[[Guarded], Any]
+    fetch: Callable[[Any], Any]
+    stop: StopRequest
+    batches: Callable[[Pipeline, int], Iterator[PreferenceBatch]] = Pipeline.train_batches
+    shows: bool = True
+
+
+# A run asks for one step after the other: it yields its state and a batch, and gets (state, metrics).
+Work = Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], dict[str, float]]
 
 
 class Trainer:
@@ -80,16 +109,23 @@ class Trainer:
 
     Attributes:
       parallel: the devices, with the counts of traces.
+      steps: updates of the whole run.
     """
 
-    def __init__(self, config: Config, folder: Path) -> None:
+    def __init__(self, config: Config, folder: Path, shared: Shared | None = None) -> None:
         self.config, self.workdir = config, folder
-        self.parallel = DataParallel(_devices(config))
+        self.shared, self._alone = shared or Shared(), shared is None
+        self.parallel = self.shared.get(("devices", config.parallel), lambda: DataParallel(_devices(config)))
         check_divides(config.data.batch_size, config.train.micro_batches, len(self.parallel.devices))
-        self.data = sources.open_dataset(config.data)
+        self._clean_data = clean = dataclasses.replace(config.data, flip=0.0)
+        opened = self.shared.get(("data", clean), lambda: sources.open_dataset(clean))
+        self.data = sources.flipped(opened, config.data.flip, config.seed)
         self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
         roles, _ = (
-            check_examples(source, self.parts.shape, len(self.data.tokenizer))
+            self.shared.get(
+                ("examples", source_fingerprint(source), self.parts.shape),
+                partial(check_examples, source, self.parts.shape, len(self.data.tokenizer)),
+            )
             for source in (self.data.train, self.data.held_out)
         )
         for advice in self.parts.objective.advice(roles[CHOSEN], roles[REJECTED], self.parts.hyper.loss):
@@ -98,26 +134,44 @@ class Trainer:
         held_out = _Head(self.data.held_out, config.eval.examples) if config.eval.examples else None
         self.held_out = None if held_out is None else make_pipeline(config, self.parts, held_out)
         self.steps = self._step_count()
-        self._train_step = self.parallel.train_step(guarded_step(config, self.parts, self.steps, self.parallel.axis))
+        self.program = (program_key(config), len(self.data.tokenizer), self.data.answers, self.steps)
         self._identity = workdir.identity(config, self.data, self.pipeline)
         self._start_hash: str | None = None  # of the parameters that training starts from
         self._reference_hash: str | None = None
 
     def train(self, stop: StopRequest) -> dict[str, float]:
-        """The loop. Returns the last numbers of every metric."""
+        """Trains alone, each batch split over all devices. Returns the last numbers of every metric."""
+        step = self.shared.get(
+            ("train", self.program),
+            lambda: self.parallel.train_step(guarded_step(self.config, self.parts, self.steps, self.parallel.axis)),
+        )
+        hyper = self.parallel.replicate(self.parts.hyper)
+        seat = Seat(self.parallel.replicate, self.parallel.unreplicate, stop)
+        with contextlib.closing(self.work(seat)) as work:
+            try:
+                carry, batch = next(work)
+                while True:
+                    batch = self.parallel.shard(batch, self.config.train.micro_batches)
+                    carry, batch = work.send(step(carry, batch, hyper))
+            except StopIteration as done:
+                return done.value
+
+    def work(self, seat: Seat) -> Work:
+        """All of a run but its steps, which whoever drives it computes."""
         settings = self.config.checkpoint
         retention = Retention(settings.keep, settings.keep_every, settings.best if settings.keep_best else None)
         with Checkpoints(self.workdir, retention) as checkpoints:
             state, memory = self._restore_or_init(checkpoints)
             start = int(state.step)
             with make_writer(self.workdir, start or None, jax.process_index()) as writer:
-                log = self._logbook(writer, checkpoints)
+                log = self._logbook(writer, checkpoints, seat)
                 if memory is not None:
                     log.remember(memory)
                 if start < self.steps:
                     self._attach_reference()
-                    self._announce(state, start)
-                    self._loop(state, log, checkpoints, stop)
+                    if seat.shows:
+                        self._announce(state, start)
+                    yield from self._loop(state, log, checkpoints, seat)
             return log.latest
 
     def _attach_reference(self) -> None:
@@ -135,20 +189,22 @@ class Trainer:
         for pipeline in filter(None, (self.pipeline, self.held_out)):
             pipeline.attach = store.attach
 
-    def _loop(self, state: TrainState, log: Logbook, checkpoints: Checkpoints, stop: StopRequest) -> None:
+    def _loop(
+        self, state: TrainState, log: Logbook, checkpoints: Checkpoints, seat: Seat
+    ) -> Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], None]:
         start = int(state.step)
         evaluators = self._evaluators()
         hyper = self.parallel.replicate(self.parts.hyper)
-        carry = self.parallel.replicate(guarded(state, log.skipped))
+        carry = seat.place(guarded(state, log.skipped))
         if start == 0:
             self._evaluate(evaluators, log, carry, hyper, 0)
-        batches = self.pipeline.train_batches(start)
-        with Progress(self.steps, self.config.loss.name, start=start, process_index=jax.process_index()) as progress:
+        batches = seat.batches(self.pipeline, start)
+        shown_by = jax.process_index() if seat.shows else _NOBODY
+        with Progress(self.steps, self.config.loss.name, start=start, process_index=shown_by) as progress:
             for step in range(start + 1, self.steps + 1):
-                batch = self.parallel.shard(next(batches), self.config.train.micro_batches)
-                carry, metrics = self._train_step(carry, batch, hyper)
+                carry, metrics = yield carry, next(batches)
                 self._look(step - 1, log.add(step, metrics), log, carry, progress)
-                last, stopping = step == self.steps, stop.agreed()
+                last, stopping = step == self.steps, seat.stop.agreed()
                 evaluates = step % self.config.eval.every == 0 or last
                 saves = step % self.config.checkpoint.every == 0 or last or stopping
                 if evaluates or saves:
@@ -161,7 +217,8 @@ class Trainer:
                     checkpoints.wait()
                     logging.warning("Stopped after step %d of %d; the same command goes on.", step, self.steps)
                     raise Stopped()
-        log.report()
+        if seat.shows:
+            log.report()
         checkpoints.wait()
 
     def _look(self, step: int, numbers: Mapping[str, float], log: Logbook, carry: Guarded, progress: Progress) -> None:
@@ -252,6 +309,9 @@ class Trainer:
         )
         if restored is None:
             params = self._start_params()
+            if not self._alone:
+                # A copy: other runs start from the same ones, and the buffers are reused by every step.
+                params = jax.tree.map(np.array, params)
             adapters = start_adapters(self.config, self.parts.model) if is_adapted(self.parts) else None
             state = fresh_state(self.parts, params, adapters)
             self._reference_hash = None if state.reference is None else hash_tree(state.reference)
@@ -266,8 +326,8 @@ class Trainer:
     def _start_params(self) -> Params:
         """The parameters that training starts from; the same ones when the run continues."""
         init = self.config.init.run or self.config.init.hf
-        params = start_params(self.config, lora.with_adapter(self.parts.model, None))
-        found = hash_tree(params)
+        read = self._read_start_params  # a run alone does not keep them
+        params, found = read() if self._alone else self.shared.get(self._start_key, read)
         if found != (self._start_hash or found):
             raise ValueError(
                 f"{init} (config.init) holds other parameters than when this run began (hash {found}, expected "
@@ -276,10 +336,19 @@ class Trainer:
         self._start_hash = found
         return params
 
-    def _logbook(self, writer: Any, checkpoints: Checkpoints) -> Logbook:
+    @property
+    def _start_key(self) -> tuple[Any, ...]:
+        init = self.config.init
+        return "start", init, None if init.run or init.hf else self.config.seed, self.parts.model
+
+    def _read_start_params(self) -> tuple[Params, str]:
+        params = start_params(self.config, lora.with_adapter(self.parts.model, None))
+        return params, hash_tree(params)
+
+    def _logbook(self, writer: Any, checkpoints: Checkpoints, seat: Seat) -> Logbook:
         return Logbook(
             writer,
-            self.parallel.unreplicate,
+            seat.fetch,
             every=self.config.train.log_every,
             last=self.steps,
             examples=self.config.data.batch_size,
@@ -299,31 +368,39 @@ class Trainer:
         evaluators: dict[str, Evaluator] = {}
         settings, parts = self.config.eval, self.parts
         if self.held_out is not None:
-            step = make_eval_step(
-                parts.model, parts.objective, self.data.answers, self.config.train.head_chunk, self.parallel.axis
-            )
-            evaluators["eval"] = HeldOutLoss(self.held_out, self.parallel.eval_step(step), self.parallel)
+            step = self.shared.get(("eval", self.program), self._make_eval_step)
+            evaluators["eval"] = HeldOutLoss(self.held_out, step, self.parallel)
         if settings.prompts:
             evaluators["samples"] = self._sampled_answers()
         return evaluators
 
-    def _sampled_answers(self) -> SampledAnswers:
-        settings = self.config.eval
-        prompts = unique_prompts(self.data.held_out, settings.prompts)
-        completer = Completer(
-            self.parts.model,
-            self.data.tokenizer,
-            self.parallel,
-            prompt_length=self.config.data.prompt_length,
-            answer_length=self.config.data.answer_length,
-            rows=len(prompts),
-            head_chunk=self.config.train.head_chunk,
+    def _make_eval_step(self) -> Callable[..., Any]:
+        parts, chunk = self.parts, self.config.train.head_chunk
+        return self.parallel.eval_step(
+            make_eval_step(parts.model, parts.objective, self.data.answers, chunk, self.parallel.axis)
         )
+
+    def _sampled_answers(self) -> SampledAnswers:
+        settings, config = self.config.eval, self.config
+        prompts = unique_prompts(self.data.held_out, settings.prompts)
+        completer = self.shared.get(
+            ("completer", self.parts.model, len(prompts), self._clean_data, config.train.head_chunk, config.parallel),
+            lambda: Completer(
+                self.parts.model,
+                self.data.tokenizer,
+                self.parallel,
+                prompt_length=config.data.prompt_length,
+                answer_length=config.data.answer_length,
+                rows=len(prompts),
+                head_chunk=config.train.head_chunk,
+            ),
+        )
+        judge = ("judge", settings.reward, self._clean_data)
         return SampledAnswers(
             completer,
             prompts,
             self._sides(),
-            sources.imdb_reward(self.config.data, settings.reward),
+            self.shared.get(judge, lambda: sources.imdb_reward(config.data, settings.reward)),
             self.workdir / "samples",
             seed=self.config.seed,
             temperature=settings.temperature,
@@ -336,7 +413,7 @@ class Trainer:
             shapes = state_shapes(self.parts).params
             nothing = self.parallel.replicate(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes))
             return lambda state: (lora.join(state.reference, state.params), lora.join(state.reference, nothing))
-        start = self.parallel.replicate(self._start_params())
+        start = self.shared.get(("placed", *self._start_key), lambda: self.parallel.replicate(self._start_params()))
         return lambda state: (state.params, start)
 
     def _announce(self, state: TrainState, start: int) -> None:
@@ -350,6 +427,9 @@ class Trainer:
             len(self.parallel.devices),
             f"; continues after step {start}" if start else "",
         )
+
+
+_NOBODY = -1  # no process has this index
 
 
 class _Head:

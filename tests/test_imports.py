@@ -38,6 +38,8 @@ LAYERS = {
     "dpo_jax.start": 3,
     "dpo_jax.build": 3,
     "dpo_jax.reference": 3,
+    "dpo_jax.shared": 3,
+    "dpo_jax.grid": 3,
     "dpo_jax.workdir": 3,
     "dpo_jax.reproducer": 3,
     "dpo_jax.sampling": 2,
@@ -52,6 +54,7 @@ LAYERS = {
     "dpo_jax.report": 4,
     "dpo_jax.export": 4,
     "dpo_jax.sample": 4,
+    "dpo_jax.population": 4,
     "dpo_jax.sweep": 4,
     "dpo_jax.main": 5,
 }
