@@ -159,7 +159,7 @@ def _check_keys(tables: Mapping[str, Mapping[str, Changes]], overrides: Sequence
 
 
 def _config(base: ConfigDict, changes: Changes, name: str) -> Config:
-    config = copy.deepcopy(base)
+    config = copy.deepcopy(base).lock()  # unknown keys are refused
     try:
         config.update_from_flattened_dict({key: v for key, v in changes.items() if not callable(v)})
         derived = {key: value(config) for key, value in changes.items() if callable(value)}
