@@ -366,7 +366,7 @@ class Trainer:
 
     def _evaluators(self) -> dict[str, Evaluator]:
         evaluators: dict[str, Evaluator] = {}
-        settings, parts = self.config.eval, self.parts
+        settings = self.config.eval
         if self.held_out is not None:
             step = self.shared.get(("eval", self.program), self._make_eval_step)
             evaluators["eval"] = HeldOutLoss(self.held_out, step, self.parallel)

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import html
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from dpo_jax import page
 from dpo_jax.data.checks.case import Finding
 
 _SHOWN = 50  # rows of a finding
-
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin: 1.6rem 0 .3rem; }
-table { border-collapse: collapse; margin: .6rem 0; } td, th { padding: .15rem .8rem .15rem 0; text-align: left;
-  vertical-align: top; border-bottom: 1px solid #eee; } img { max-width: 100%; }
-.serious { color: #a01818; } .none { color: #2a7a2a; } summary { cursor: pointer; color: #555; }
-code { word-break: break-word; }
-"""
 
 
 def render(title: str, counts: Mapping[str, Any], findings: Sequence[Finding]) -> str:
@@ -37,37 +26,26 @@ def render(title: str, counts: Mapping[str, Any], findings: Sequence[Finding]) -
       HTML.
     """
     ordered = sorted(findings, key=lambda f: (not (f.serious and f.count), f.count == 0))
-    parts = [f"<h1>Audit of <code>{_text(title)}</code></h1>", _table(["", ""], [[k, v] for k, v in counts.items()])]
+    parts = [
+        f"<h1>Audit of <code>{page.text(title)}</code></h1>",
+        page.table(["", ""], [[k, v] for k, v in counts.items()]),
+    ]
     for finding in ordered:
         parts.append(_section(finding))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Audit</title>'
-        f"<style>{_STYLE}</style></head><body>\n" + "\n".join(parts) + "\n</body></html>\n"
-    )
+    return page.document("Audit", parts)
 
 
 def _section(finding: Finding) -> str:
     kind = "serious" if finding.serious and finding.count else "none" if not finding.count else ""
-    parts = [f'<h2 class="{kind}">{_text(finding.check)}</h2>', f"<p>{_text(finding.summary)}</p>"]
+    parts = [f'<h2 class="{kind}">{page.text(finding.check)}</h2>', f"<p>{page.text(finding.summary)}</p>"]
     if finding.check in _PLOTS:
         parts.append(_plot(_PLOTS[finding.check], finding.numbers))
     if finding.numbers.get("words") and finding.check == "telling words":
-        parts.append(_table(["word", "z", "better", "worse"], finding.numbers["words"]))
+        parts.append(page.table(["word", "z", "better", "worse"], finding.numbers["words"]))
     if finding.rows:
         more = f", the first {_SHOWN}" if len(finding.rows) > _SHOWN else ""
-        table = _table(["place", ""], finding.rows[:_SHOWN])
-        parts.append(f"<details><summary>{len(finding.rows)} rows{more}</summary>{table}</details>")
+        parts.append(page.folded(f"{len(finding.rows)} rows{more}", page.table(["place", ""], finding.rows[:_SHOWN])))
     return "\n".join(parts)
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{_text(name)}</th>" for name in names) if any(names) else ""
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table>{f'<tr>{head}</tr>' if head else ''}{body}</table>"
-
-
-def _text(value: Any) -> str:
-    return html.escape(str(value))
 
 
 def _plot(draw: Callable[[Any, Mapping[str, Any]], None], numbers: Mapping[str, Any]) -> str:
@@ -75,9 +53,7 @@ def _plot(draw: Callable[[Any, Mapping[str, Any]], None], numbers: Mapping[str, 
     axes = figure.add_subplot()
     draw(axes, numbers)
     axes.spines[["top", "right"]].set_visible(False)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    return page.picture(page.png_of(figure))
 
 
 def _draw_lengths(axes: Any, numbers: Mapping[str, Any]) -> None:
