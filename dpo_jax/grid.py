@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def expand(base: ConfigDict, axes: Axes, overrides: Sequence[str] = ()) -> list[
     if not axes:
         raise ValueError("the sweep has no axes; get_axes() returns a dict of them")
     tables = {axis: _labelled(axis, values) for axis, values in axes.items()}
-    _check_keys(tables, overrides)
+    _check_keys(tables, overrides, list(_flat_keys(base)))
     varying = [axis for axis, table in tables.items() if len(table) > 1]
     short = _short_names(varying)
     runs = []
@@ -148,18 +149,30 @@ def _short_names(axes: Sequence[str]) -> dict[str, str]:
     return {axis: _safe(name if last.count(name) == 1 else axis) for axis, name in zip(axes, last, strict=True)}
 
 
-def _check_keys(tables: Mapping[str, Mapping[str, Changes]], overrides: Sequence[str]) -> None:
+def _flat_keys(config: ConfigDict, path: str = "") -> Iterator[str]:
+    for key in config:
+        if isinstance(config[key], ConfigDict):
+            yield from _flat_keys(config[key], f"{path}{key}.")
+        else:
+            yield path + key
+
+
+def _check_keys(tables: Mapping[str, Mapping[str, Changes]], overrides: Sequence[str], known: Sequence[str]) -> None:
     owner = dict.fromkeys(overrides, "the command line")
     for axis, table in tables.items():
         keys = {key for changes in table.values() for key in changes}
         for key in sorted(keys):
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else "; configs/base.py has every key"
+                raise ValueError(f"axis {axis!r} changes config.{key}, which is no key{hint}")
             if key in owner:
                 raise ValueError(f"config.{key} is set by {owner[key]} and by axis {axis!r}; leave one of them out")
             owner[key] = f"axis {axis!r}"
 
 
 def _config(base: ConfigDict, changes: Changes, name: str) -> Config:
-    config = copy.deepcopy(base).lock()  # unknown keys are refused
+    config = copy.deepcopy(base)
     try:
         config.update_from_flattened_dict({key: v for key, v in changes.items() if not callable(v)})
         derived = {key: value(config) for key, value in changes.items() if callable(value)}

@@ -89,6 +89,8 @@ class Population:
       traces: how often the step has been traced; once for batches that all members share, once for those of their own.
     """
 
+    AXIS = "population"
+
     def __init__(self, members: int, devices: Sequence[jax.Device]) -> None:
         self.devices = list(devices)[:members]
         self.members, self.seats = members, -(-members // len(self.devices))
@@ -108,13 +110,17 @@ class Population:
         return lambda states, common, batches, hypers, same: compiled[same](states, common, batches, hypers)
 
     def stack(self, trees: Sequence[Any]) -> Any:
-        """Trees of all members → leaves [devices, seats, …]; seats that are over hold the last member again."""
+        """Trees of all members → leaves [devices, seats, …] on them; seats that are over hold the last member again."""
         filled = [*trees, *[trees[-1]] * (len(self.devices) * self.seats - len(trees))]
-        return jax.tree.map(lambda *a: np.stack(a).reshape(len(self.devices), self.seats, *np.shape(a[0])), *filled)
+        shape = len(self.devices), self.seats
+        stacked = jax.tree.map(lambda *a: np.stack(a).reshape(*shape, *np.shape(a[0])), *filled)
+        # Where the step leaves its results: arrays from elsewhere would be compiled for once more.
+        mesh = jax.sharding.Mesh(np.array(self.devices), (self.AXIS,))
+        return jax.device_put(stacked, jax.NamedSharding(mesh, jax.P(self.AXIS)))
 
     def replicate(self, tree: Any) -> Any:
         """What all members read, on every device."""
-        return jax_utils.replicate(tree, self.devices)
+        return jax_utils.replicate(tree, self.devices, self.AXIS)
 
     def batches(self, batches: Sequence[Any], micro_batches: int) -> Any:
         """Rows [R, …] of the batch that all read → [micro-batches, R', …]; of each member's: [devices, seats, …]."""
@@ -137,7 +143,7 @@ class Population:
 
         side_by_side = jax.vmap(counted, in_axes=(0, None, None if same else 0, 0))
         in_axes = (0, 0, None if same else 0, 0)
-        return jax.pmap(side_by_side, axis_name="population", in_axes=in_axes, devices=self.devices, donate_argnums=0)
+        return jax.pmap(side_by_side, axis_name=self.AXIS, in_axes=in_axes, devices=self.devices, donate_argnums=0)
 
 
 def check_divides(batch_size: int, micro_batches: int, devices: int) -> None:

@@ -1,0 +1,34 @@
+"""The sweeps of experiments/: every run can be, and a sweep on tiny data goes through to its report."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+from dpo_jax import grid, report, sweep
+from tests import tiny_run
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "count"),
+    [("noise", "full", 180), ("noise", "quick", 8), ("betas", "full", 45), ("betas", "quick", 5)],
+)
+def test_every_run_of_a_sweep_can_be(name: str, size: str, count: int) -> None:
+    file = importlib.import_module(f"experiments.{name}.sweep")
+    assert f"--config=experiments/{name}/sweep.py:quick" in (file.__doc__ or "")
+    assert len(grid.expand(file.get_config(size), file.get_axes(size))) == count
+
+
+def test_methods_under_noise_go_through_to_the_report(tmp_path: Path) -> None:
+    tiny_run.write_data(tmp_path / "data")
+    changes = {"train.steps": 2, "optim.warmup_steps": 0, "eval.every": 1, "train.micro_batches": 1}
+    changes |= {"reference.store": str(tmp_path / "reference"), "eval.prompts": 6}
+    axes = importlib.import_module("experiments.noise.sweep").get_axes("quick")
+    runs = grid.expand(tiny_run.config_dict(tmp_path / "data", **changes), axes)
+    groups = [[r.point["method"] for r in group] for group in sweep.groups(runs, 8)]
+    assert groups == [["dpo", "dpo", "cdpo", "cdpo"], ["robust", "robust"], ["ipo", "ipo"]]
+    assert sweep.run(runs, tmp_path / "sweep") == {}
+    found = report.run(tmp_path / "sweep", tmp_path / "out")
+    assert "robust" in found.read_text(encoding="utf-8")
