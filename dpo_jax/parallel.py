@@ -128,9 +128,9 @@ class Population:
         return self.stack(split) if len(split) > 1 else split[0]
 
     def member(self, states: Any, seat: int) -> Any:
-        """The state of one member, on the host."""
+        """The state of one member, on the host: a copy, since the next step reuses the buffers."""
         device, place = divmod(seat, self.seats)
-        return jax.tree.map(lambda a: np.asarray(a.addressable_data(device))[0, place], states)
+        return jax.tree.map(lambda a: np.array(np.asarray(a.addressable_data(device))[0, place]), states)
 
     def fetch(self, metrics: Any) -> Any:
         """Metrics of all members → numpy arrays [members, …]."""
