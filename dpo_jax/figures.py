@@ -113,7 +113,7 @@ def across(values: Mapping[str, Mapping[tuple[str, str], np.ndarray]], condition
 
 
 def _panels(count: int, size: tuple[float, float], columns: int = 3) -> tuple[Figure, list[Any]]:
-    columns = min(columns, count)
+    columns = 2 if count == 4 else min(columns, count)
     rows = -(-count // columns)
     figure = Figure(figsize=(size[0] * columns, size[1] * rows + 0.5), layout="constrained")
     grid = np.atleast_1d(figure.subplots(rows, columns)).ravel()

@@ -136,7 +136,8 @@ def _parts(
     yield _wide(pictures["frontier"])
     yield "<h2>Curves</h2>" + _note("Of the chosen settings: means over seeds, bands are 95 % intervals.")
     yield from (_wide(picture) for name, picture in pictures.items() if name.startswith("curves"))
-    yield "<h2>Is the comparison fair?</h2>" + _wide(_table(tables["fairness"])) + _unequal(tables["fairness"])
+    yield "<h2>Is the comparison fair?</h2>" + _wide(_table(tables["fairness"]))
+    yield from _unfair(sweep, tables["fairness"])
     yield "<h2>Samples side by side</h2>" + _note("Test half, first seed, chosen point; rewards in brackets.")
     yield from _browser(sweep, points["best point"])
     yield "<h2>What differs between the configs</h2>" + page.folded("by run", _wide(_table(tables["configs"])))
@@ -215,11 +216,18 @@ def _fairness_rows(sweep: Sweep) -> list[dict[str, Any]]:
     return rows
 
 
-def _unequal(rows: Sequence[Mapping[str, Any]]) -> str:
+def _unfair(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What stands in the way of a fair comparison; that nothing does, where it is so."""
     columns = [name for name in rows[0] if name != "method" and len({row[name] for row in rows}) > 1]
     if columns:
-        return f'<p class="serious">Methods were not given the same: {page.text(", ".join(columns))}.</p>'
-    return '<p class="none">All methods were given the same; runs of one seed read the same data in the same order.</p>'
+        yield f'<p class="serious">Methods were not given the same: {page.text(", ".join(columns))}.</p>'
+    orders: dict[tuple[Any, ...], set[str]] = {}
+    for r in sweep.results:
+        orders.setdefault((r.condition, r.seed), set()).add(repr((r.config["seed"], r.config["data"])))
+    if any(len(order) > 1 for order in orders.values()):
+        yield '<p class="serious">Runs of one seed have not all read the same data in the same order.</p>'
+    elif not columns:
+        yield '<p class="none">All methods were given the same; runs of a seed read the same data in one order.</p>'
 
 
 def _config_rows(runs: Sequence[Result]) -> list[dict[str, Any]]:
