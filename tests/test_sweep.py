@@ -136,7 +136,8 @@ def test_groups_say_why_a_run_trains_alone(data: Path, caplog: pytest.LogCapture
 
 def test_the_command_line_runs_a_file_and_shows_where_it_stands(data: Path, joint: Path, tmp_path: Path) -> None:
     file = tiny_run.write_config(tmp_path / "sweep.py", data, **CHANGES)
-    assert "has no get_axes" in tiny_run.call(f"--config={file}", f"--workdir={joint}", program="dpo_jax.sweep").stderr
+    with pytest.raises(ValueError, match=r"sweep.py has no get_axes\(\); a sweep file says there what varies"):
+        sweep.load_axes(str(file))
     file.write_text(file.read_text() + f"\n\ndef get_axes():\n    return {AXES!r}\n")
     done = tiny_run.call(f"--config={file}", f"--workdir={joint}", program="dpo_jax.sweep")
     assert done.returncode == 0 and "4 of 4 runs finished" in done.stderr, done.stderr
