@@ -13,7 +13,7 @@ from configs import imdb_dpo
 
 def get_config(size: str = "full") -> ConfigDict:
     config = imdb_dpo.get_config()
-    config.reference.store = "runs/imdb/reference"
+    config.reference.store = "runs/imdb/references"
     config.eval.update(every=24, prompts=400)
     config.checkpoint.update(every=94, keep=1)
     if size == "quick":
