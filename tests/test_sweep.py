@@ -40,7 +40,7 @@ def solo(runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def joint(runs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("joint")
-    assert sweep.run(runs, folder, shared=SHARED) == {}
+    assert sweep.run(runs, folder, together=8, shared=SHARED) == {}
     return folder
 
 
@@ -80,13 +80,13 @@ def test_a_population_that_is_stopped_goes_on_to_the_bit(
     calls = iter(range(100))
     monkeypatch.setattr(StopRequest, "agreed", lambda _: next(calls) == 6)
     with pytest.raises(Stopped):
-        sweep.run(runs, tmp_path, shared=SHARED)
+        sweep.run(runs, tmp_path, together=8, shared=SHARED)
     assert [row["step"] for row in rows(tmp_path, runs[0].name)][-1] == 7
     # As after a kill between the saves of two members: one of them goes on from an earlier step.
     place = tmp_path / "runs" / runs[2].name / "checkpoints"
     assert sorted(p.name for p in place.iterdir()) == ["5", "7"]
     (place / "7").rename(tmp_path / "lost")
-    sweep.run(runs, tmp_path, shared=SHARED)
+    sweep.run(runs, tmp_path, together=8, shared=SHARED)
     for run in runs:
         assert tiny_run.results(tmp_path / "runs" / run.name) == tiny_run.results(joint / "runs" / run.name)
 
@@ -95,7 +95,7 @@ def test_a_member_that_fails_leaves_the_others_alone(data: Path, joint: Path, tm
     axes = {"optim.learning_rate": [1e-3, 1e15], "seed": [0, 1], "loss.beta": [0.05]}
     changes = {**CHANGES, "optim.warmup_steps": 2}
     runs = grid.expand(tiny_run.config_dict(data, **changes), axes)
-    failed = sweep.run(runs, tmp_path, shared=SHARED)
+    failed = sweep.run(runs, tmp_path, together=8, shared=SHARED)
     assert failed.keys() == {"learning_rate=1e+15,seed=0", "learning_rate=1e+15,seed=1"}
     assert all("is not finite" in message for message in failed.values())
     for seed in (0, 1):
@@ -109,7 +109,7 @@ def test_members_are_spread_over_devices_and_share_batch_and_reference(data: Pat
     changes = {**CHANGES, "parallel.devices": 2, "eval.examples": 0, "eval.prompts": 0, "train.micro_batches": 1}
     shared = Shared()
     runs = grid.expand(tiny_run.config_dict(data, **changes), {"loss.beta": [0.05, 0.3, 1.0]})
-    assert sweep.run(runs, tmp_path, shared=shared) == {}
+    assert sweep.run(runs, tmp_path, together=8, shared=shared) == {}
     traces = [made.traces for made in shared._made.values() if isinstance(made, population.Population)]
     assert traces == [{"one batch": 1}]
     for beta in ("0.05", "1"):
