@@ -122,7 +122,16 @@ def get_config() -> ConfigDict:
                 "on_damage": "fall_back",  # to the newest whole checkpoint; or stop
             },
             "parallel": {
-                "devices": placeholder(int),  # how many to use; None is all
+                "mode": "pmap",  # parameters on every device (pmap), or split over a mesh of them (mesh)
+                "devices": placeholder(int),  # how many to use; None is all, of all processes
+                # Devices along the axes of the mesh, which multiply to the devices:
+                "data": placeholder(int),  # groups with rows of their own; None is what fsdp and tensor leave
+                "fsdp": 1,  # devices that split rows, and parameters by the model's width
+                "tensor": 1,  # devices that split heads, MLP and vocabulary; must divide the model's heads
+            },
+            "plan": {  # read by python -m dpo_jax.plan
+                "topology": placeholder(str),  # pod that the run is meant for, such as v5e:4x4
+                "sizes": placeholder(str),  # folder whose config.json has the sizes of init.hf, where there is no hub
             },
             "prefer": {  # read by python -m dpo_jax.prefer
                 "prompts": 1000,  # prompts whose answers become training pairs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,16 @@ import numpy as np
 import optax
 
 from dpo_jax import lora
-from dpo_jax.config import Config
+from dpo_jax.config import Config, ParallelConfig
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.pipeline import Described, Pipeline, Source
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
-from dpo_jax.models import init_params
+from dpo_jax.models import init_params, logical_axes
 from dpo_jax.optim import make_optimizer
+from dpo_jax.parallel import DataParallel, MeshParallel, Parallel
+from dpo_jax.sharding import mesh_shape
 from dpo_jax.start import make_start_model
 from dpo_jax.steps import Axis, Hyper, Scorer, StepConfig, TrainState, init_state, make_train_step
 from dpo_jax.types import Params
@@ -113,8 +116,41 @@ def scorer(config: Config, parts: Parts) -> Scorer:
     return Scorer(parts.model, parts.objective, parts.shape.answers, config.train.head_chunk)
 
 
-def make_pipeline(config: Config, parts: Parts, source: Source) -> Pipeline:
-    """Batches of a source, as a config wants them."""
+def make_parallel(settings: ParallelConfig, model: nn.Module, devices: Sequence[jax.Device]) -> Parallel:
+    """The devices of a run, as its config wants them used.
+
+    Args:
+      settings: ``config.parallel``.
+      model: its module.
+      devices: of all processes.
+
+    Raises:
+      ValueError: too few devices, axes that do not multiply to them, heads that do not divide.
+    """
+    wanted = settings.devices or len(devices)
+    if wanted > len(devices):
+        raise ValueError(f"config.parallel.devices is {wanted}, this machine has {len(devices)}")
+    if wanted < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"config.parallel.devices is {wanted}; {jax.process_count()} processes use all {len(devices)}")
+    parallel: Parallel
+    if settings.mode == "pmap":
+        parallel = DataParallel(devices[:wanted])
+    else:
+        shape = mesh_shape(wanted, data=settings.data, fsdp=settings.fsdp, tensor=settings.tensor)
+        _check_heads(settings.tensor, model)
+        parallel = MeshParallel(devices[:wanted], shape, logical_axes(model))
+    return parallel
+
+
+def _check_heads(tensor: int, model: nn.Module) -> None:
+    heads = model.config.key_heads
+    if heads % tensor:
+        known = ", ".join(str(n) for n in range(1, heads + 1) if heads % n == 0)
+        raise ValueError(f"config.parallel.tensor is {tensor}; it must divide the model's {heads} key heads: {known}")
+
+
+def make_pipeline(config: Config, parts: Parts, source: Source, process: tuple[int, int] = (0, 1)) -> Pipeline:
+    """Batches of a source, as a config wants them; ``process`` (index, count) reads its share of each."""
     return Pipeline(
         source,
         parts.shape,
@@ -122,7 +158,7 @@ def make_pipeline(config: Config, parts: Parts, source: Source) -> Pipeline:
         batch_size=config.data.batch_size,
         seed=config.seed,
         mismatched=parts.objective.needs_mismatched,
-        process=(jax.process_index(), jax.process_count()),
+        process=process,
     )
 
 

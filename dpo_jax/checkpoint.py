@@ -69,20 +69,22 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       retention: which checkpoints stay.
+      writes: whether this process, of those of the run, is the one that writes; the others only read.
 
     Attributes:
       folder: where they lie.
       blocked: seconds that ``save`` and ``wait`` have kept the run waiting.
     """
 
-    def __init__(self, workdir: Path, retention: Retention = Retention()) -> None:
+    def __init__(self, workdir: Path, retention: Retention = Retention(), *, writes: bool = True) -> None:
         self.folder = Path(workdir).absolute() / FOLDER
         self.blocked = 0.0
-        self._retention = retention
+        self._retention, self._writes = retention, writes
         with _explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in [*self.folder.glob(f"{_INCOMPLETE}*"), *self.folder.glob(f"{_REMOVED}*")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in (f"{_INCOMPLETE}*", f"{_REMOVED}*") if writes else ():
+            for leftover in self.folder.glob(pattern):
+                shutil.rmtree(leftover, ignore_errors=True)
         self._scores = {step: _score_of(self.folder / str(step)) for step in steps_in(self.folder)}
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -103,6 +105,8 @@ class Checkpoints:
         Raises:
           OSError: the save before this one has failed: no room or no permission.
         """
+        if not self._writes:
+            return
         self.wait()
         begin = time.monotonic()
         # A copy: on CPUs a host array may be the very buffer that the next step reuses.
@@ -223,7 +227,7 @@ def write(folder: Path, state: Any, meta: Mapping[str, Any]) -> None:
       meta: JSON values.
     """
     folder.mkdir()
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _alone(ocp.StandardCheckpointHandler) as checkpointer:
         checkpointer.save(folder / STATE_FOLDER, args=ocp_args.StandardSave(state))
     described = {"state": description(state), "sha256": hash_leaves(state)}
     (folder / META_FILE).write_text(json.dumps({**meta, **described}, indent=1) + "\n", encoding="utf-8")
@@ -251,7 +255,7 @@ def read(folder: Path, like: Any, step: int, admit: Admit | None = None) -> tupl
         admit(meta)
     _check_structure(meta["state"], description(like), folder)
     template = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
-    with _damage(folder), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+    with _damage(folder), _alone(ocp.StandardCheckpointHandler) as checkpointer:
         state = checkpointer.restore(folder / STATE_FOLDER, args=ocp_args.StandardRestore(template))
     _check_hashes(hash_leaves(state), meta["sha256"], folder)
     return state, meta
@@ -297,7 +301,7 @@ class Saved:
         saved, hashes = (_of_params(self.meta[key]) for key in ("state", "sha256"))
         _check_structure(saved, description({"params": like}), self.folder)
         template = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)}
-        with _damage(self.folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        with _damage(self.folder), _alone(ocp.PyTreeCheckpointHandler) as checkpointer:
             restored = checkpointer.restore(
                 self.folder / STATE_FOLDER,
                 args=ocp_args.PyTreeRestore({"params": like}, restore_args=template, partial_restore=True),
@@ -333,6 +337,15 @@ def description(tree: Any) -> dict[str, str]:
 
 def _of_params(by_name: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in by_name.items() if name.startswith("params/")}
+
+
+def _alone(handler: Callable[..., Any]) -> ocp.Checkpointer:
+    """Orbax in this process, whatever the others are doing: it would wait for them."""
+    own = jax.process_index()
+    options = ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
+    )
+    return ocp.Checkpointer(handler(multiprocessing_options=options), multiprocessing_options=options)
 
 
 def _meta_of_init(newest: Path, steps: Sequence[int]) -> dict[str, Any]:

@@ -22,6 +22,8 @@ from dpo_jax.models.config import REMAT
 from dpo_jax.optim import SCHEDULES
 from dpo_jax.rewards import REWARDS
 
+MODES = ("pmap", "mesh")
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -143,7 +145,17 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    mode: str
     devices: int | None
+    data: int | None
+    fsdp: int
+    tensor: int
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    topology: str | None
+    sizes: str | None
 
 
 @dataclass(frozen=True)
@@ -174,6 +186,7 @@ class Config:
     eval: EvalConfig
     checkpoint: CheckpointConfig
     parallel: ParallelConfig
+    plan: PlanConfig
     prefer: PreferConfig
 
     def objective(self) -> tuple[Objective, dict[str, float]]:
@@ -268,6 +281,7 @@ def _check(c: Config) -> None:
         ("optim.schedule", c.optim.schedule, SCHEDULES),
         ("checkpoint.best", c.checkpoint.best, ("min", "max")),
         ("checkpoint.on_damage", c.checkpoint.on_damage, ("fall_back", "stop")),
+        ("parallel.mode", c.parallel.mode, MODES),
         ("eval.reward", c.eval.reward, REWARDS),
         ("prefer.reward", c.prefer.reward, REWARDS),
     ):
@@ -286,6 +300,9 @@ def _check(c: Config) -> None:
             f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
             f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"
         )
+    mesh = c.parallel
+    if mesh.mode == "pmap" and (mesh.data, mesh.fsdp, mesh.tensor) != (None, 1, 1):
+        raise ValueError("config.parallel.data, fsdp and tensor are the axes of a mesh: set config.parallel.mode=mesh")
     _check_lora(c)
     objective, _ = c.objective()
     if c.reference.store is not None and not objective.needs_reference:

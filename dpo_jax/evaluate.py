@@ -16,7 +16,7 @@ from dpo_jax.data.layouts import Shape, concatenated
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.data.tokenizer import decode
 from dpo_jax.logprobs import score
-from dpo_jax.parallel import DataParallel
+from dpo_jax.parallel import Parallel
 from dpo_jax.sampling import Samples, make_sampler, row_keys
 from dpo_jax.steps import Hyper, TrainState
 from dpo_jax.types import CHOSEN, Array, Params
@@ -39,7 +39,7 @@ class HeldOutLoss:
       parallel: its devices.
     """
 
-    def __init__(self, pipeline: Pipeline, step: Callable[..., Any], parallel: DataParallel) -> None:
+    def __init__(self, pipeline: Pipeline, step: Callable[..., Any], parallel: Parallel) -> None:
         self._pipeline, self._step, self._parallel = pipeline, step, parallel
 
     def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]:
@@ -60,7 +60,7 @@ class Completer:
       parallel: the devices; rows are split over them.
       prompt_length: longest prompt, tokens.
       answer_length: room for an answer, tokens.
-      rows: rows sampled at a time; divides by the devices.
+      rows: rows sampled at a time, or as many more as divide over the devices.
       head_chunk: targets whose logits exist at a time.
     """
 
@@ -68,15 +68,14 @@ class Completer:
         self,
         model: nn.Module,
         tokenizer: Any,
-        parallel: DataParallel,
+        parallel: Parallel,
         *,
         prompt_length: int,
         answer_length: int,
         rows: int,
         head_chunk: int,
     ) -> None:
-        devices = len(parallel.devices)
-        self.tokenizer, self.rows = tokenizer, -(-rows // devices) * devices
+        self.tokenizer, self.rows = tokenizer, -(-rows // parallel.parts) * parallel.parts
         self.shape = Shape(answers=1, prompt_length=prompt_length, answer_length=answer_length)
         sampler = make_sampler(model, max_new_tokens=answer_length, eos=tokenizer.eos_token_id)
         self._sample = parallel.row_function(sampler, "sample")
@@ -133,7 +132,7 @@ class SampledAnswers:
       prompts: the held-out prompts, int32 [p] each.
       sides: gives the replicated parameters of the policy and of what training started from.
       reward: judges texts; None leaves the reward out.
-      folder: where the answers go.
+      folder: where the answers go; None writes none.
       seed: of the draws.
       temperature: of the draws.
     """
@@ -144,7 +143,7 @@ class SampledAnswers:
         prompts: Sequence[np.ndarray],
         sides: Callable[[TrainState], tuple[Params, Params]],
         reward: Reward | None,
-        folder: Path,
+        folder: Path | None,
         *,
         seed: int,
         temperature: float,
@@ -178,6 +177,8 @@ class SampledAnswers:
         yield "repetition", float(np.mean([repetition(a.tokens) for a in answers]))
 
     def _write(self, step: int, answers: Sequence[Answer], ratios: np.ndarray, rewards: np.ndarray | None) -> None:
+        if self._folder is None:
+            return
         self._folder.mkdir(parents=True, exist_ok=True)
         rows = []
         for i, (prompt, answer) in enumerate(zip(self._prompts, answers, strict=True)):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.layers import project, training_mask
+from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
 
 
@@ -56,7 +57,8 @@ def target_scores(
     mask = training_mask(batch.group_RL, batch.branch_RL)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
-    hidden_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
+    states_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
+    hidden_RMD = constrain(states_RMD, "rows", None, "embed")
     head_VD = model.apply(variables, method="head")
     return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap)
 
@@ -85,29 +87,32 @@ def token_scores(
       hidden_RMD: the states that predict the targets.
       head_VD: the output matrix.
       target_RM: int32.
-      chunk: targets whose logits exist at a time.
+      chunk: targets whose logits exist at a time, as many of each row and at least one.
       logit_cap: c of c·tanh(logit / c); None leaves logits alone.
 
     Returns:
       TokenScores of shape [R, M]; entropy and log_collision carry no gradient.
     """
-    count = target_RM.size
-    chunk = min(chunk, count)
-    padding = -count % chunk
-    hidden = jnp.pad(hidden_RMD.reshape(count, -1), ((0, padding), (0, 0)))
-    target = jnp.pad(target_RM.reshape(count), (0, padding))
-    pieces = hidden.reshape(-1, chunk, hidden.shape[-1]), target.reshape(-1, chunk)
-    scores = jax.lax.map(jax.checkpoint(lambda piece: _score_chunk(piece[0], head_VD, piece[1], logit_cap)), pieces)
-    return TokenScores(*(a.reshape(-1)[:count].reshape(target_RM.shape) for a in scores))
+    rows, targets = target_RM.shape
+    pieces = -(-targets // max(1, chunk // rows))
+    size = -(-targets // pieces)
+    padding = pieces * size - targets
+    # Chunks are of all rows: where rows lie on different devices, each scores its own.
+    hidden = jnp.pad(hidden_RMD, ((0, 0), (0, padding), (0, 0))).reshape(rows, pieces, size, -1).swapaxes(0, 1)
+    target = jnp.pad(target_RM, ((0, 0), (0, padding))).reshape(rows, pieces, size).swapaxes(0, 1)
+    score_chunk = jax.checkpoint(lambda piece: _score_chunk(piece[0], head_VD, piece[1], logit_cap))
+    scores = jax.lax.map(score_chunk, (hidden, target))
+    return TokenScores(*(a.swapaxes(0, 1).reshape(rows, -1)[:, :targets] for a in scores))
 
 
-def _score_chunk(hidden_CD: Array, head_VD: Array, target_C: Array, logit_cap: float | None) -> TokenScores:
-    logits_CV = project(hidden_CD, head_VD, logit_cap)
-    normalizer_C = jax.nn.logsumexp(logits_CV, axis=-1)
-    logp_C = jnp.take_along_axis(logits_CV, target_C[:, None], axis=-1)[:, 0] - normalizer_C
-    logp_CV = jax.lax.stop_gradient(logits_CV - normalizer_C[:, None])
-    p_CV = jnp.exp(logp_CV)
-    return TokenScores(logp_C, -jnp.sum(p_CV * logp_CV, axis=-1), jnp.log(jnp.sum(p_CV * p_CV, axis=-1)))
+def _score_chunk(hidden_RCD: Array, head_VD: Array, target_RC: Array, logit_cap: float | None) -> TokenScores:
+    logits_RCV = constrain(project(hidden_RCD, head_VD, logit_cap), "rows", None, "vocab")
+    normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+    logp_RC = jnp.take_along_axis(logits_RCV, target_RC[:, :, None], axis=-1)[:, :, 0] - normalizer_RC
+    logp_RCV = jax.lax.stop_gradient(logits_RCV - normalizer_RC[:, :, None])
+    p_RCV = jnp.exp(logp_RCV)
+    entropy_RC, collision_RC = -jnp.sum(p_RCV * logp_RCV, axis=-1), jnp.sum(p_RCV * p_RCV, axis=-1)
+    return TokenScores(logp_RC, entropy_RC, jnp.log(collision_RC))
 
 
 def group(array_RS: Array, grouping: tuple[int, int]) -> Array:

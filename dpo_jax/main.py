@@ -14,7 +14,8 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpo_jax.config import Config, from_config_dict
+from dpo_jax import processes
+from dpo_jax.config import from_config_dict
 
 _KEYS = """Any key of the config can be changed: --config.loss.name=ipo --config.optim.learning_rate=1e-4.
 configs/base.py lists all keys with their defaults and units; `python -m dpo_jax.losses` lists the losses.
@@ -24,33 +25,43 @@ command line, 75 stopped by SIGTERM or Ctrl-C with all saved (twice: at once).""
 
 def main(
     purpose: str,
-    program: Callable[[Config, Path], Any],
+    program: Callable[..., Any],
     example: str,
     tools: Mapping[str, tuple[str, Callable[[Path], Any]]] | None = None,
+    options: Mapping[str, str] | None = None,
 ) -> None:
-    """Parses the command line and runs a program of (config, workdir).
+    """Parses the command line and runs a program of (config, workdir), or of (config, **options).
 
     Args:
       purpose: what the program does; ``--help`` says it.
       program: the program.
       example: a command that runs it.
       tools: what the program can do instead with one path: flag → (its help, the function).
+      options: flags of a program that needs no workdir, each with its help; one that is not set is None.
     """
     tools = tools or {}
+    own = {name: flags.DEFINE_string(name, None, text) for name, text in (options or {}).items()}
     config = config_flags.DEFINE_config_file("config", None, "file of the experiment, such as configs/imdb_dpo.py")
     workdir = flags.DEFINE_string("workdir", None, "folder of this run: made when new, continued when not")
+    coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes; not on TPUs")
+    count = flags.DEFINE_integer("num_processes", None, "how many processes the run has", lower_bound=1)
+    index = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
     paths = {name: flags.DEFINE_string(name, None, text) for name, (text, _) in tools.items()}
 
     def start() -> None:
         chosen = [name for name, flag in paths.items() if flag.value is not None]
         if chosen:
             tools[chosen[0]][1](Path(paths[chosen[0]].value or ""))
+        elif options is not None and config.value is not None:
+            program(from_config_dict(config.value), **{name: flag.value for name, flag in own.items()})
         elif config.value is None or workdir.value is None:
-            raise app.UsageError(f"--config and --workdir are needed, such as {example}")
+            needed = "--config is" if options is not None else "--config and --workdir are"
+            raise app.UsageError(f"{needed} needed, such as {example}")
         else:
+            processes.start(coordinator.value, count.value, index.value)
             program(from_config_dict(config.value), Path(workdir.value))
 
-    launch(purpose, example, start, ("config", "workdir", *paths))
+    launch(purpose, example, start, ("config", "workdir", "coordinator", "num_processes", "process_id", *paths, *own))
 
 
 def launch(purpose: str, example: str, start: Callable[[], None], names: Sequence[str]) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from flax import jax_utils
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.sharding import AXES, ROWS, Names, Placement
 from dpo_jax.steps import Axis
 
 
@@ -18,14 +21,21 @@ class DataParallel:
     """Parameters on every device, the batch split over all of them; one program, compiled by pmap.
 
     Attributes:
+      devices: of all processes.
       axis: to be handed to the steps that are compiled here.
+      parts: how many parts the rows of a batch are split into.
+      process: (index, count) of this process among those that read different rows.
       traces: how often each compiled function has been traced, by name; once is right.
     """
 
     def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
-        self.devices = list(devices) if devices is not None else jax.local_devices()
+        self.devices = list(devices) if devices is not None else jax.devices()
         self.axis = Axis("batch")
+        self.parts = len(self.devices)
         self.traces: collections.Counter[str] = collections.Counter()
+        own = {d.process_index for d in self.devices}
+        self.process = (sorted(own).index(jax.process_index()), len(own)) if jax.process_index() in own else (0, 1)
+        self._local = [d for d in self.devices if d.process_index == jax.process_index()]
 
     def train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles (state, batch, hyper) → (state, metrics); the state's buffers are reused."""
@@ -38,37 +48,52 @@ class DataParallel:
     def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Any]:
         """Compiles ``fn(params, *rows)``: parameters are on every device, rows of the other arguments split over them.
 
-        The number of rows must divide by the devices; results come back as numpy arrays of all rows.
+        The number of rows must divide by the devices; results come back as numpy arrays of all rows. Each process
+        computes all rows that it is given, on devices of its own.
         """
         mapped = self._pmap(fn, name)
 
         def call(params: Any, *rows: Any) -> Any:
             out = mapped(params, *(self._split(r) for r in rows))
-            return jax.tree.map(lambda a: np.asarray(a).reshape(-1, *a.shape[2:]), out)
+            return jax.tree.map(_own_rows, out)
 
         return call
 
     def replicate(self, tree: Any) -> Any:
-        return jax_utils.replicate(tree, self.devices, self.axis.name)
+        """Copies on every device."""
+        return jax_utils.replicate(tree, self._local, self.axis.name)
 
     def unreplicate(self, tree: Any) -> Any:
         """One copy, on the host."""
         return jax.tree.map(lambda a: np.asarray(a.addressable_data(0))[0], tree)
 
     def shard(self, batch: Any, micro_batches: int) -> Any:
-        """Rows [R, …] → [devices, micro-batches, R / (devices · micro-batches), …], in order."""
-        shape = (len(self.devices), micro_batches, -1)
+        """This process's rows [R, …] → [devices, micro-batches, R / (devices · micro-batches), …], in order."""
+        shape = (len(self._local), micro_batches, -1)
         return jax.tree.map(lambda a: a.reshape(*shape, *a.shape[1:]), batch)
 
+    def shapes(self, state: Any, batch: Any, hyper: Any, micro_batches: int) -> tuple[Any, Any, Any]:
+        """What the train step is called with, as shapes; ``batch`` holds the rows of all processes."""
+        count = len(self.devices)
+
+        def copies(a: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((count, *a.shape), a.dtype)
+
+        def rows(a: Any) -> jax.ShapeDtypeStruct:
+            size = a.shape[0] // (count * micro_batches)
+            return jax.ShapeDtypeStruct((count, micro_batches, size, *a.shape[1:]), a.dtype)
+
+        return jax.tree.map(copies, state), jax.tree.map(rows, batch), jax.tree.map(copies, hyper)
+
+    def part_shape(self, leaf: Any) -> tuple[int, ...]:
+        """Of one of :meth:`shapes`, what a device holds."""
+        return leaf.shape[1:]
+
     def _split(self, rows: Any) -> Any:
-        return jax.tree.map(lambda a: a.reshape(len(self.devices), -1, *a.shape[1:]), rows)
+        return jax.tree.map(lambda a: a.reshape(len(self._local), -1, *a.shape[1:]), rows)
 
     def _pmap(self, fn: Callable[..., Any], name: str, donate_argnums: Any = ()) -> Callable[..., Any]:
-        @functools.wraps(fn)
-        def counted(*args: Any) -> Any:
-            self.traces[name] += 1  # runs while tracing only
-            return fn(*args)
-
+        counted = _counted(fn, name, self.traces)
         return jax.pmap(counted, axis_name=self.axis.name, devices=self.devices, donate_argnums=donate_argnums)
 
 
@@ -144,6 +169,185 @@ class Population:
         side_by_side = jax.vmap(counted, in_axes=(0, None, None if same else 0, 0))
         in_axes = (0, 0, None if same else 0, 0)
         return jax.pmap(side_by_side, axis_name=self.AXIS, in_axes=in_axes, devices=self.devices, donate_argnums=0)
+
+
+class MeshParallel:
+    """One program over a mesh of devices: rows split over data and fsdp, parameters over fsdp and tensor, by jit.
+
+    What mirrors the parameters (gradients, the optimizer's moments, a reference) is split as they are. The interface is
+    :class:`DataParallel`'s.
+
+    Args:
+      devices: of all processes.
+      shape: devices along each axis.
+      axes: logical names of the model's parameters, by path.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], shape: Mapping[str, int], axes: Mapping[str, Names]) -> None:
+        self.devices = list(devices)
+        # On TPUs, neighbours in the mesh are neighbours in the torus.
+        sizes = [shape[name] for name in AXES]
+        grid = mesh_utils.create_device_mesh(sizes, self.devices, allow_split_physical_axes=True)
+        self.mesh = Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+        self.parts = shape["data"] * shape["fsdp"]
+        self.axis = Axis(parts=self.parts)
+        self.placement = Placement(axes, shape)
+        self.traces: collections.Counter[str] = collections.Counter()
+        self._own_parts, self.process = _row_groups(grid.reshape(self.parts, -1))
+
+    def train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles (state, batch, hyper) → (state, metrics); the state's buffers are reused."""
+        whole = self._sharding(PartitionSpec())
+        return self._jit(step, "train_step", lambda state: (self.shardings(state), whole), donate_argnums=0)
+
+    def eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Compiles (state, batch, hyper) → metrics."""
+        return self._jit(step, "eval_step", lambda state: self._sharding(PartitionSpec()))
+
+    def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """Compiles ``fn(params, *rows)``; every process gives the same rows, and gets numpy arrays of all of them."""
+        compiled = self._jit(fn, name, lambda params: self._sharding(PartitionSpec()))
+        rows_sharding = self._sharding(PartitionSpec(ROWS))
+
+        def call(params: Any, *rows: Any) -> Any:
+            placed = jax.tree.map(lambda a: _place(a, rows_sharding), rows)
+            return jax.tree.map(np.asarray, compiled(params, *placed))
+
+        return call
+
+    def shardings(self, tree: Any) -> Any:
+        """Where each array of a tree of parameters, or of what mirrors them, lies."""
+        return jax.tree.map(self._sharding, self.placement.of(tree))
+
+    def replicate(self, tree: Any) -> Any:
+        """Places a tree; each device gets its part. Processes must hold the same."""
+        return jax.tree.map(_place, tree, self.shardings(tree))
+
+    def unreplicate(self, tree: Any) -> Any:
+        """All parts put together, on the host."""
+        return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
+
+    def shard(self, batch: Any, micro_batches: int) -> Any:
+        """This process's rows [R, …] → [micro-batches, rows of all processes / micro-batches, …] over the devices."""
+        sharding = self._sharding(self.rows_spec)
+        return jax.tree.map(lambda a: self._place_rows(a.reshape(micro_batches, -1, *a.shape[1:]), sharding), batch)
+
+    @property
+    def rows_spec(self) -> PartitionSpec:
+        """Of batches: [micro-batches, rows, …]."""
+        return PartitionSpec(None, ROWS)
+
+    def shapes(self, state: Any, batch: Any, hyper: Any, micro_batches: int) -> tuple[Any, Any, Any]:
+        """What the train step is called with, as shapes; ``batch`` holds the rows of all processes."""
+        split = self._sharding(self.rows_spec)
+
+        def like(a: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
+
+        def rows(a: Any) -> jax.ShapeDtypeStruct:
+            shape = (micro_batches, a.shape[0] // micro_batches, *a.shape[1:])
+            return jax.ShapeDtypeStruct(shape, a.dtype, sharding=split)
+
+        placed = [jax.tree.map(like, tree, self.shardings(tree)) for tree in (state, hyper)]
+        return placed[0], jax.tree.map(rows, batch), placed[1]
+
+    def part_shape(self, leaf: Any) -> tuple[int, ...]:
+        """Of one of :meth:`shapes`, what a device holds."""
+        return leaf.sharding.shard_shape(leaf.shape)
+
+    def _place_rows(self, rows: np.ndarray, sharding: NamedSharding) -> jax.Array:
+        own, size = self._own_parts, rows.shape[1] // len(self._own_parts)
+        shape = (rows.shape[0], size * self.parts, *rows.shape[2:])
+
+        def part(index: Any) -> np.ndarray:
+            place = own.index((index[1].start or 0) // size)
+            return rows[:, place * size : (place + 1) * size]
+
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    def _sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def _jit(self, fn: Callable[..., Any], name: str, out: Callable[[Any], Any], donate_argnums: Any = ()) -> _Compiled:
+        counted = _counted(fn, name, self.traces)
+        make = functools.partial(jax.jit, counted, donate_argnums=donate_argnums)
+        return _Compiled(self.mesh, lambda first: make(out_shardings=out(first)))
+
+
+Parallel = DataParallel | MeshParallel
+
+
+class _Compiled:
+    """A function whose results lie where its first argument says, traced for a mesh.
+
+    Args:
+      mesh: the devices.
+      make: first argument → compiled function; called once for each structure of it.
+    """
+
+    def __init__(self, mesh: Mesh, make: Callable[[Any], Any]) -> None:
+        self._mesh, self._make = mesh, make
+        self._made: dict[Any, Any] = {}
+
+    def __call__(self, first: Any, *rest: Any) -> Any:
+        with jax.set_mesh(self._mesh):
+            return self._for(first)(first, *rest)
+
+    def lower(self, first: Any, *rest: Any) -> Any:
+        """The program before it is compiled, for arrays or their shapes."""
+        with jax.set_mesh(self._mesh):
+            return self._for(first).lower(first, *rest)
+
+    def _for(self, first: Any) -> Any:
+        structure = jax.tree.structure(first)
+        if structure not in self._made:
+            self._made[structure] = self._make(first)
+        return self._made[structure]
+
+
+def _counted(fn: Callable[..., Any], name: str, traces: collections.Counter[str]) -> Callable[..., Any]:
+    @functools.wraps(fn)
+    def counted(*args: Any) -> Any:
+        traces[name] += 1  # runs while tracing only
+        return fn(*args)
+
+    return counted
+
+
+def _own_rows(mapped: jax.Array) -> np.ndarray:
+    """What this process's devices have computed, joined in their order."""
+    shards = sorted(mapped.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data)[0] for shard in shards])
+
+
+def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_place(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _row_groups(grid: np.ndarray) -> tuple[list[int], tuple[int, int]]:
+    """Which parts of a batch this process's devices hold, and its (index, count) among groups of processes.
+
+    Args:
+      grid: devices, [parts, devices that hold the same part].
+
+    Raises:
+      ValueError: processes hold parts that overlap without being the same.
+    """
+    parts: dict[int, set[int]] = {}
+    for part, devices in enumerate(grid):
+        for device in devices:
+            parts.setdefault(device.process_index, set()).add(part)
+    groups = sorted({tuple(sorted(own)) for own in parts.values()})
+    if sum(map(len, groups)) != len(grid) or len({len(group) for group in groups}) != 1:
+        raise ValueError(
+            f"the mesh of {len(grid)} row parts × {grid.shape[1]} devices splits rows unevenly over {len(parts)} "
+            "processes: choose parallel.tensor so that it divides the devices of a process, or is a multiple of them"
+        )
+    own = tuple(sorted(parts.get(jax.process_index(), set(groups[0]))))
+    return list(own), (groups.index(own), len(groups))
 
 
 def check_divides(batch_size: int, micro_batches: int, devices: int) -> None:

@@ -27,7 +27,7 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows, split_targets
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.logprobs import target_scores
-from dpo_jax.parallel import DataParallel
+from dpo_jax.parallel import Parallel
 from dpo_jax.progress import Progress, stage
 from dpo_jax.refstore import ReferenceStore, answer_key, locked, store_folder, write_store
 from dpo_jax.types import Array, Params, TokenBatch
@@ -177,7 +177,7 @@ class ReferencePass:
       params: makes the reference's parameters, on the host; called when there is something to score.
     """
 
-    def __init__(self, config: Config, parts: Parts, parallel: DataParallel, params: Callable[[], Params]) -> None:
+    def __init__(self, config: Config, parts: Parts, parallel: Parallel, params: Callable[[], Params]) -> None:
         self._parallel, self._params = parallel, params
         self._layout = config.data.layout
         # A micro-batch: what is known to fit.

@@ -86,9 +86,15 @@ class StepConfig:
 
 @dataclass(frozen=True)
 class Axis:
-    """The devices that share a batch: a pmap axis, or none where one program sees the whole batch."""
+    """The devices that share a batch: a pmap axis, or none where one program sees the whole batch.
+
+    Attributes:
+      name: of the pmap axis.
+      parts: without one, how many parts the compiler splits the rows of the whole batch into.
+    """
 
     name: str | None = None
+    parts: int = 1
 
     def sum(self, tree: Any) -> Any:
         return jax.lax.psum(tree, self.name) if self.name else tree
@@ -140,7 +146,7 @@ def make_train_step(
     Returns:
       step(state, batch, hyper) → (state, metrics). Leaves of ``batch`` are [micro-batches, R, …].
     """
-    unbound = Scorer(model, objective, config.answers, config.head_chunk)
+    unbound = Scorer(model, objective, config.answers, config.head_chunk * axis.parts)
 
     def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
         scorer = unbound.of(state)
@@ -172,7 +178,7 @@ def make_eval_step(
     axis: Axis = Axis(),
 ) -> Callable[[TrainState, PreferenceBatch, Hyper], Metrics]:
     """Builds the pure evaluation step: metrics of one batch, to be merged over batches, without an update."""
-    unbound = Scorer(model, objective, answers, head_chunk)
+    unbound = Scorer(model, objective, answers, head_chunk * axis.parts)
 
     def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> Metrics:
         scorer = unbound.of(state)
@@ -262,7 +268,7 @@ class _Frozen:
 def _before_gradient(scorer: Scorer, state: TrainState, batch: PreferenceBatch, axis: Axis) -> tuple[Totals, _Frozen]:
     shape = (*batch.answers.role_RS.shape[:1], -1, *scorer.grouping)
     role, count = batch.answers.role_RS.reshape(shape), _counts(batch.answers).reshape(shape)
-    totals = scorer.objective.totals(*(a.reshape(-1, *a.shape[2:]) for a in (role, count)))
+    totals = scorer.objective.totals(*_flat((role, count)))
     reference = _over_micro(lambda b: scorer.reference(state.reference, b), batch.answers)
     ratio = mask = None
     if scorer.objective.needs_mismatched:
@@ -314,7 +320,7 @@ def _coupled(
     numbers, loss_state = _statistics(scorer.objective, state, hyper, whole, totals, frozen)
     cotangent, metrics = _differentiate(scorer.objective, hyper, whole, totals, numbers)
     cotangent = axis.own(cotangent, _flat(policy))
-    cotangent = jax.tree.map(lambda c, p: c.reshape(p.shape), cotangent, policy)
+    cotangent = jax.tree.map(_unflat, cotangent, policy)
     # Every device has computed the metrics of the whole batch; each reports its share of their sum.
     metrics = jax.tree.map(lambda m: m / axis.sum(1.0), metrics)
     if pull_back is not None:
@@ -375,8 +381,13 @@ def _counts(batch: TokenBatch) -> Array:
 
 
 def _flat(tree: Any) -> Any:
-    """Joins the micro-batch axis and the one after it."""
-    return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), tree)
+    """Joins the micro-batch axis and the one after it, that of the rows first: they stay where they lie on a mesh."""
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), tree)
+
+
+def _unflat(flat: Array, like: Array) -> Array:
+    """The inverse, to the shape of ``like``."""
+    return flat.reshape(like.shape[1], like.shape[0], *like.shape[2:]).swapaxes(0, 1)
 
 
 def _over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import lora, reference, reproducer, sources, workdir
+from dpo_jax import lora, processes, reference, reproducer, sources, workdir
 from dpo_jax.build import (
     build,
     check_examples,
@@ -27,6 +27,7 @@ from dpo_jax.build import (
     guarded,
     guarded_step,
     is_adapted,
+    make_parallel,
     make_pipeline,
     state_shapes,
     without_base,
@@ -38,7 +39,7 @@ from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
 from dpo_jax.guards import SKIPPED, Guarded, Watch
 from dpo_jax.integrity import hash_tree
 from dpo_jax.logbook import Logbook
-from dpo_jax.parallel import DataParallel, check_divides
+from dpo_jax.parallel import check_divides
 from dpo_jax.progress import Progress, duration
 from dpo_jax.shared import Shared, program_key
 from dpo_jax.start import start_adapters, start_params
@@ -69,14 +70,20 @@ def run(config: Config, folder: str | os.PathLike[str], shared: Shared | None = 
     if "://" in str(folder):
         raise ValueError(f"the workdir must be a local folder, got {folder}; mount the bucket and give its path")
     folder = Path(folder)
-    with workdir.owned(folder, config), StopRequest() as stop:
+    with contextlib.ExitStack() as stack:
+        with processes.in_turn("workdir"):
+            if processes.first():
+                stack.enter_context(workdir.owned(folder, config))
+        stop = stack.enter_context(StopRequest())
         summary = workdir.finished(folder)
         if summary is not None:
             logging.info("%s is finished; remove it, or choose another --workdir, to train anew.", folder)
             return summary
         begin = time.monotonic()
         summary = Trainer(config, folder, shared).train(stop)
-        workdir.finish(folder, summary)
+        processes.meet("trained")
+        if processes.first():
+            workdir.finish(folder, summary)
         logging.info("finished in %s; results in %s", duration(time.monotonic() - begin), folder)
         return summary
 
@@ -115,12 +122,15 @@ class Trainer:
     def __init__(self, config: Config, folder: Path, shared: Shared | None = None) -> None:
         self.config, self.workdir = config, folder
         self.shared, self._alone = shared or Shared(), shared is None
-        self.parallel = self.shared.get(("devices", config.parallel), lambda: DataParallel(_devices(config)))
-        check_divides(config.data.batch_size, config.train.micro_batches, len(self.parallel.devices))
         self._clean_data = clean = dataclasses.replace(config.data, flip=0.0)
-        opened = self.shared.get(("data", clean), lambda: sources.open_dataset(clean))
+        with processes.in_turn("data"):
+            opened = self.shared.get(("data", clean), lambda: sources.open_dataset(clean))
         self.data = sources.flipped(opened, config.data.flip, config.seed)
         self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
+        model = self.parts.model
+        place = ("devices", config.parallel, model if config.parallel.mode == "mesh" else None)
+        self.parallel = self.shared.get(place, lambda: make_parallel(config.parallel, model, jax.devices()))
+        check_divides(config.data.batch_size, config.train.micro_batches, self.parallel.parts)
         roles, _ = (
             self.shared.get(
                 ("examples", source_fingerprint(source), self.parts.shape),
@@ -130,9 +140,9 @@ class Trainer:
         )
         for advice in self.parts.objective.advice(roles[CHOSEN], roles[REJECTED], self.parts.hyper.loss):
             logging.warning("%s", advice)
-        self.pipeline = make_pipeline(config, self.parts, self.data.train)
+        self.pipeline = make_pipeline(config, self.parts, self.data.train, self.parallel.process)
         held_out = _Head(self.data.held_out, config.eval.examples) if config.eval.examples else None
-        self.held_out = None if held_out is None else make_pipeline(config, self.parts, held_out)
+        self.held_out = None if held_out is None else make_pipeline(config, self.parts, held_out, self.parallel.process)
         self.steps = self._step_count()
         self.program = (program_key(config), len(self.data.tokenizer), self.data.answers, self.steps)
         self._identity = workdir.identity(config, self.data, self.pipeline)
@@ -160,7 +170,7 @@ class Trainer:
         """All of a run but its steps, which whoever drives it computes."""
         settings = self.config.checkpoint
         retention = Retention(settings.keep, settings.keep_every, settings.best if settings.keep_best else None)
-        with Checkpoints(self.workdir, retention) as checkpoints:
+        with Checkpoints(self.workdir, retention, writes=processes.first()) as checkpoints:
             state, memory = self._restore_or_init(checkpoints)
             start = int(state.step)
             with make_writer(self.workdir, start or None, jax.process_index()) as writer:
@@ -179,6 +189,8 @@ class Trainer:
         root = self.config.reference.store
         if root is None:
             return
+        if jax.process_count() > 1:
+            raise ValueError("config.reference.store needs a run of one process; leave it unset for several")
         assert self._start_hash is not None
         identity = reference.identity_of(self.config, self.parts, self.data.tokenizer, self._start_hash)
         needs = [reference.need_of(self.pipeline, self.steps)]
@@ -238,13 +250,13 @@ class Trainer:
         case = reproducer.Case(
             self.config,
             state,
-            self.pipeline.batch(step - 1),
+            self._whole_batch(step),
             len(self.data.tokenizer),
             self.data.answers,
             self.steps,
         )
         finding = reproducer.examine(case) or "none when it is run again"
-        where = reproducer.save(self.workdir, case)
+        where = reproducer.save(self.workdir, case) if processes.first() else "the first process's folder"
         allowed = self.config.train.max_skipped
         left_out = f" {allowed} steps before it were left out (config.train.max_skipped)." if allowed else ""
         return FloatingPointError(
@@ -252,6 +264,12 @@ class Trainer:
             f"its batch are in {where}; run it again with\n  python -m dpo_jax.train --replay={where}\n"
             "Lower config.optim.learning_rate, set config.optim.clip_norm or mend the data, in a new --workdir"
         )
+
+    def _whole_batch(self, step: int) -> PreferenceBatch:
+        """The rows of all processes."""
+        pipeline = make_pipeline(self.config, self.parts, self.data.train)
+        pipeline.attach = self.pipeline.attach
+        return pipeline.batch(step - 1)
 
     def _evaluate(
         self, evaluators: Mapping[str, Evaluator], log: Logbook, carry: Guarded, hyper: Hyper, step: int
@@ -302,11 +320,7 @@ class Trainer:
             )
 
     def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
-        restored = checkpoints.restore_newest(
-            without_base(self.parts, state_shapes(self.parts)),
-            lambda meta: workdir.check_identity(meta["identity"], self._identity, checkpoints.folder),
-            stop_at_damage=self.config.checkpoint.on_damage == "stop",
-        )
+        restored = self._restore(checkpoints)
         if restored is None:
             params = self._start_params()
             if not self._alone:
@@ -322,6 +336,16 @@ class Trainer:
             state = dataclasses.replace(state, reference=self._start_params())
         self._check_reference(state, checkpoints)
         return state, meta["memory"]
+
+    def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]] | None:
+        """The newest whole checkpoint. The first process finds it, since it sets damaged ones aside."""
+        like, restored = without_base(self.parts, state_shapes(self.parts)), None
+        admit = lambda meta: workdir.check_identity(meta["identity"], self._identity, checkpoints.folder)  # noqa: E731
+        if processes.first():
+            stop_at_damage = self.config.checkpoint.on_damage == "stop"
+            restored = checkpoints.restore_newest(like, admit, stop_at_damage=stop_at_damage)
+        step = processes.told_by_first(lambda: -1 if restored is None else int(restored[0].step))
+        return checkpoints.restore(step, like, admit) if restored is None and step >= 0 else restored
 
     def _start_params(self) -> Params:
         """The parameters that training starts from; the same ones when the run continues."""
@@ -401,7 +425,7 @@ class Trainer:
             prompts,
             self._sides(),
             self.shared.get(judge, lambda: sources.imdb_reward(config.data, settings.reward)),
-            self.workdir / "samples",
+            self.workdir / "samples" if processes.first() else None,
             seed=self.config.seed,
             temperature=settings.temperature,
         )
@@ -454,13 +478,6 @@ def unique_prompts(source: sources.Source, count: int) -> list[np.ndarray]:
         prompt = source[i].prompt
         found.setdefault(prompt.tobytes(), prompt)
     return list(found.values())
-
-
-def _devices(config: Config) -> list[jax.Device]:
-    devices, wanted = jax.local_devices(), config.parallel.devices
-    if wanted is not None and wanted > len(devices):
-        raise ValueError(f"config.parallel.devices is {wanted}, this machine has {len(devices)}")
-    return devices[:wanted]
 
 
 if __name__ == "__main__":

@@ -74,7 +74,7 @@ def identity(config: Config, data: Dataset, batches: Pipeline) -> dict[str, Any]
     train = batches.fingerprint()
     return {
         "version": __version__,
-        "config": json.loads(to_json(config)),
+        "config": _experiment(json.loads(to_json(config))),
         "tokenizer": _hash(data.tokenizer.backend_tokenizer.to_str()),
         "data": {"train": train["data"], "held_out": source_fingerprint(data.held_out), "order": train["pipeline"]},
     }
@@ -86,6 +86,7 @@ def check_identity(saved: Mapping[str, Any], own: Mapping[str, Any], folder: Pat
     Raises:
       ValueError: code, config, tokenizer or data differ; both sides are listed.
     """
+    saved = {**saved, "config": _experiment(saved["config"])}
     lines = differences(own, saved, "run")
     if lines:
         raise ValueError(
@@ -127,9 +128,14 @@ def _claim(workdir: Path, config: Config) -> None:
     path = workdir / CONFIG_FILE
     if not path.is_file():
         write_atomically(path, to_json(config))
-    lines = differences(json.loads(to_json(config)), _read_json(path))
+    lines = differences(_experiment(json.loads(to_json(config))), _experiment(_read_json(path)))
     if lines:
         raise ValueError("\n  ".join([f"the workdir {workdir} belongs to another config:", *lines]) + f"\n{_ANEW}")
+
+
+def _experiment(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys that decide what a run computes: not those that say which devices compute it."""
+    return {key: value for key, value in config.items() if key not in ("parallel", "plan")}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

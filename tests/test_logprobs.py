@@ -99,7 +99,7 @@ def test_logits_exist_for_one_chunk_at_a_time(gradient: bool) -> None:
 
     shapes = _shapes(jax.make_jaxpr(jax.grad(loss) if gradient else loss)(params).jaxpr)
     with_vocab = [s for s in shapes if VOCAB in s]
-    assert (16, VOCAB) in with_vocab
+    assert (16, 1, VOCAB) in with_vocab  # 16 rows, one target of each
     assert max(int(np.prod(s)) for s in with_vocab) <= VOCAB * max(16, model.config.width)
 
 

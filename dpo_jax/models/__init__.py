@@ -19,6 +19,8 @@ from dpo_jax.models.llama import Llama, LlamaConfig
 from dpo_jax.models.mistral import Mistral, MistralConfig
 from dpo_jax.models.neox import NeoX, NeoXConfig
 from dpo_jax.models.qwen import Qwen2, Qwen2Config, Qwen3, Qwen3Config
+from dpo_jax.sharding import Names
+from dpo_jax.trees import named_leaves
 from dpo_jax.types import Params
 
 FAMILIES: dict[str, tuple[Callable[..., nn.Module], Callable[..., Any]]] = {
@@ -51,5 +53,19 @@ def make_model(family: str, sizes: Mapping[str, Any]) -> nn.Module:
 
 def init_params(model: nn.Module, key: jax.Array) -> Params:
     """Fresh parameters without the boxes that carry axis names."""
+    return nn.unbox(_init(model, key))
+
+
+def logical_axes(model: nn.Module) -> dict[str, Names]:
+    """Logical names of the dimensions of each parameter, by path; nothing is computed.
+
+    Returns:
+      ``{'token_embedding': ('vocab', 'embed'), …}``; a parameter without a box has no entry.
+    """
+    specs = nn.get_partition_spec(jax.eval_shape(lambda: _init(model, jax.random.key(0))))
+    return {name: tuple(spec) for name, spec in named_leaves(specs).items() if spec}
+
+
+def _init(model: nn.Module, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return nn.unbox(model.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"])
+    return model.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]

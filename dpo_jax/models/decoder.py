@@ -14,6 +14,7 @@ from flax import struct
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.models.layers import Cache, Dense, attend, cached_mask, extend
 from dpo_jax.models.rope import rotate
+from dpo_jax.sharding import PARAMETERS, constrain
 from dpo_jax.types import Array
 
 _POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots, "full": None}
@@ -93,7 +94,8 @@ class Decoder(nn.Module):
     def table(self, name: str, axes: tuple[str | None, str], rows: int) -> Array:
         """A parameter of ``rows`` vectors of the model's width."""
         init = nn.with_logical_partitioning(nn.initializers.normal(0.02), axes)
-        return self.param(name, init, (rows, self.config.width), self.config.param_dtype)
+        values = self.param(name, init, (rows, self.config.width), self.config.param_dtype)
+        return constrain(values, *axes, rules=PARAMETERS)
 
     def __call__(
         self, tokens_RQ: Array, position_RQ: Array, mask_RQT: Array, cache: Cache | None = None, start: Array | int = 0
@@ -111,7 +113,7 @@ class Decoder(nn.Module):
           (hidden [R, Q, D] after the final norm, the cache with these tokens in it).
         """
         c = self.config
-        x_RQD = self.embed(tokens_RQ, position_RQ).astype(c.dtype)
+        x_RQD = constrain(self.embed(tokens_RQ, position_RQ).astype(c.dtype), "rows", None, "embed")
         if cache is None:
             x_RQD, _ = self.blocks(x_RQD, None, self._layers(), self._context(position_RQ, position_RQ, mask_RQT))
         else:
@@ -123,7 +125,7 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
         """What the first layer reads, [R, Q, D]."""
-        return self.token_embedding[tokens_RQ]
+        return look_up(self.token_embedding, tokens_RQ)
 
     def head(self) -> Array:
         """The output matrix [V, D]: logits = hidden · headᵀ, soft-capped where ``logit_cap`` is not None."""
@@ -153,6 +155,11 @@ class Decoder(nn.Module):
         windows = [w or everything for w in c.windows] if c.windows is not None and _has_windows(c) else None
         ropes = list(c.rope_of_layer) if len(c.ropes) > 1 else None
         return Layer(*(None if entries is None else jnp.asarray(entries, jnp.int32) for entries in (windows, ropes)))
+
+
+def look_up(table: Array, index_RQ: Array, axis: str | None = "vocab") -> Array:
+    """Rows of a table, [R, Q, D]. A table that is split by width is gathered first; ``axis`` names its rows."""
+    return constrain(table, axis, "embed")[index_RQ]
 
 
 def _has_windows(config: DecoderConfig) -> bool:

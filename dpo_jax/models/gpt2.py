@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.config import DecoderConfig
-from dpo_jax.models.decoder import Context, Decoder, Layer, attend_and_keep
+from dpo_jax.models.decoder import Context, Decoder, Layer, attend_and_keep, look_up
 from dpo_jax.models.layers import Cache, Dense, LayerNorm
 from dpo_jax.types import Array
 
@@ -52,4 +52,5 @@ class Gpt2(Decoder):
         self.position_embedding = self.table("position_embedding", (None, "embed"), self.config.context_length)
 
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
-        return self.token_embedding[tokens_RQ] + self.position_embedding[position_RQ]
+        position_RQD = look_up(self.position_embedding, position_RQ, None)
+        return look_up(self.token_embedding, tokens_RQ) + position_RQD

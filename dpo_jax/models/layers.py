@@ -12,6 +12,7 @@ from flax import struct
 
 from dpo_jax import lora
 from dpo_jax.models.config import DecoderConfig
+from dpo_jax.sharding import PARAMETERS, constrain
 from dpo_jax.types import Array
 
 
@@ -171,13 +172,15 @@ class Dense(nn.Module):
         init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5 if self.residual else 0.02)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, c.param_dtype)
+        kernel = constrain(kernel, *self.axes, rules=PARAMETERS)
         y = product(x, kernel, c.dtype)
         if c.adapter is not None and c.adapter.matches("/".join(self.path)):
             y += self._low_rank(x, c.adapter)
+        y = constrain(y, "rows", *[None] * (x.ndim - 2), self.axes[1])
         if not self.bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])
-        bias = self.param("bias", zeros, (self.features,), c.param_dtype)
+        bias = constrain(self.param("bias", zeros, (self.features,), c.param_dtype), self.axes[1])
         return y + jax.lax.expand_dims(bias.astype(c.dtype), range(x.ndim - 1))
 
     def _low_rank(self, x: Array, adapter: lora.Adapter) -> Array:
@@ -203,8 +206,8 @@ class LayerNorm(nn.Module):
             epsilon=self.config.norm_epsilon,
             dtype=jnp.float32,
             param_dtype=self.config.param_dtype,
-            scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("embed",)),
-            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("embed",)),
+            scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), ("norm",)),
+            bias_init=nn.with_logical_partitioning(nn.initializers.zeros_init(), ("norm",)),
             name="norm",
         )
         return norm(x).astype(self.config.dtype)
@@ -214,7 +217,7 @@ class RmsNorm(nn.Module):
     """x / √(mean(x²) + ε) · scale over the last axis, in fp32 (arXiv 1910.07467)."""
 
     config: DecoderConfig
-    axis: str | None = "embed"
+    axis: str | None = "norm"
     offset = 0.0  # added to the stored scale
 
     @nn.compact

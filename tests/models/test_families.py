@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax import sharding
 from dpo_jax.data.layouts import Shape, concatenated, shared_prefix
 from dpo_jax.models import FAMILIES, init_params, make_model
 from dpo_jax.models.layers import product
@@ -17,7 +18,7 @@ from tests.tiny import VOCAB, jit_score, lay_out, random_examples, setup, tiny_p
 
 SIZES = dict(vocab_size=VOCAB, context_length=32, width=16, layers=2, heads=4, mlp_width=24)
 GROUPED = {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"}
-AXES = {"vocab", "embed", "heads", "kv_heads", "mlp", "layers", None}
+AXES = {*sharding.PARAMETERS, None}
 
 
 def _tiny(family: str, **changes):

@@ -1,0 +1,84 @@
+"""Several processes of one run: how they find each other, and who does what only one may do."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+Result = TypeVar("Result")
+
+_TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+
+
+def start(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Joins the processes of a run; to be called before anything asks for devices.
+
+    On TPUs the processes of a pod find each other by themselves. Elsewhere all three are needed; without any of them
+    the run has one process.
+
+    Args:
+      coordinator: host:port of process 0.
+      count: processes of the run.
+      index: number of this one, from 0.
+
+    Raises:
+      ValueError: only some of the three, or an index that is none.
+    """
+    given = {"--coordinator": coordinator, "--num_processes": count, "--process_id": index}
+    missing = [flag for flag, value in given.items() if value is None]
+    if len(missing) == len(given):
+        if _has_tpus():
+            jax.distributed.initialize()
+        return
+    if missing or count is None or index is None:
+        raise ValueError(
+            f"{' and '.join(missing)} must be set too: a run of several processes needs all of {list(given)}"
+        )
+    if not 0 <= index < count:
+        raise ValueError(f"--process_id is {index}; with --num_processes {count} expected 0 to {count - 1}")
+    jax.distributed.initialize(coordinator, num_processes=count, process_id=index)
+
+
+def first() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+@contextmanager
+def in_turn(name: str) -> Iterator[None]:
+    """Runs a block in the first process, then in all others at once.
+
+    >>> with in_turn("data"):
+    ...     data = prepare_or_open()
+    """
+    if not first():
+        meet(name)
+    yield
+    if first():
+        meet(name)
+
+
+def meet(name: str) -> None:
+    """Waits until all processes are here; ``name`` says where."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def told_by_first(make: Callable[[], int]) -> int:
+    """A number that the first process makes and all get."""
+    own = make() if first() else 0
+    return own if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(own)))
+
+
+def _has_tpus() -> bool:
+    wanted = os.environ.get("JAX_PLATFORMS", "tpu")
+    chips = any(glob.glob(pattern) for pattern in _TPU_FILES)
+    return "tpu" in wanted and chips and importlib.util.find_spec("libtpu") is not None
