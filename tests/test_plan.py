@@ -1,0 +1,191 @@
+"""Plans: products counted by hand, traffic read from a program's text, pods that exist, and a real compilation."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax import plan
+from dpo_jax.chips import parse
+from dpo_jax.config import from_config_dict
+from dpo_jax.convert.pretrained import open_pretrained
+from dpo_jax.data.layouts import Shape
+from dpo_jax.flops import Work, forward, step_work
+from dpo_jax.hlo import Collective, collectives
+from dpo_jax.models import init_params, logical_axes, make_model
+from dpo_jax.parallel import check_divides
+from dpo_jax.sharding import Placement, mesh_shape
+from dpo_jax.trees import parameter_count
+from tests import tiny_run
+from tests.tiny import lay_out, random_examples
+
+SIZES = dict(vocab_size=50, context_length=32, width=8, layers=3, heads=4, kv_heads=2, mlp_width=12)
+
+
+def test_products_of_a_forward_pass_are_those_of_a_sheet_of_paper() -> None:
+    model = make_model("llama", SIZES)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    one = forward(model.config, params, length=10, targets=6)
+    # Queries and output 8×8, keys and values 8×4, three matrices of 8×12; each weight is a product and a sum a token.
+    assert one.body == 2 * 10 * 3 * (2 * 64 + 2 * 32 + 3 * 96)
+    assert one.attention == 3 * 2 * (2 * 10 * 10 * 8)
+    assert one.head == 2 * 6 * 50 * 8
+
+
+def test_a_step_is_three_passes_of_the_policy_and_one_of_the_reference() -> None:
+    shape = Shape(2, 4, 5)
+    batch = lay_out(random_examples(2, shape), shape).answers
+    rows, length = batch.tokens_RL.shape
+    for remat in ("none", "full"):
+        model = make_model("llama", {**SIZES, "remat": remat})
+        params = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
+        one = forward(model.config, params, length, batch.target_RM.shape[1])
+        work = step_work(model.config, params, batch, reference=True, scored_twice=False)
+        body = one.body + one.attention
+        again = one.head + (body if remat == "full" else 0)
+        useful = rows * 4 * (one.body + one.attention / 2 + one.head)
+        assert work == Work(useful, rows * (4 * (body + one.head) + again))
+
+
+HLO = """HloModule step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body.1 (p: (s32[], f32[8,4])) -> (s32[], f32[8,4]) {
+  %all-gather.1 = f32[8,4]{1,0} all-gather(%part), replica_groups=[2,4]<=[8], dimensions={0}
+  %all-reduce.2 = (f32[4]{0}, bf16[2]{0}) all-reduce(%a, %b), replica_groups={{0,1},{2,3}}, to_apply=%add
+}
+
+%cond.1 (p: (s32[], f32[8,4])) -> pred[] {
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%limit.2 (p: (s32[])) -> pred[] {
+  %constant.9 = s32[]{:T(128)} constant(7)
+  ROOT %less.2 = pred[] compare(%i, %constant.9), direction=LT
+}
+
+%piece.1 (p: f32[2,4]) -> f32[8,4] {
+  ROOT %all-gather.8 = f32[8,4]{1,0} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%piece.2 (p: f32[2,4]) -> f32[8,4] {
+  ROOT %all-gather.9 = f32[8,4]{1,0:T(8,128)} all-gather(%p), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%all-reduce-scatter.clone (g: f32[8,4]) -> f32[2,4] {
+  %all-reduce.7 = f32[8,4]{1,0} all-reduce(%g), channel_id=4, replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %own = f32[2,4] dynamic-slice(%all-reduce.7, %i)
+}
+
+%body.2 (p: (s32[])) -> (s32[]) {
+  %first = f32[8,4] fusion(%p), kind=kCustom, calls=%piece.1
+  %second = f32[8,4] fusion(%p), kind=kCustom, calls=%piece.2
+  %third = f32[2,4] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.clone
+}
+
+ENTRY %main (a: f32[8,4]) -> f32[8,4] {
+  %while.1 = (s32[], f32[8,4]) while(%t), condition=%cond.1, body=%body.1, backend_config={"known_trip_count":{"n":"5"}}
+  %while.2 = (s32[]) while(%t), condition=%limit.2, body=%body.2
+  %all-gather-start.1 = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%a), replica_groups={{0,1,2,3}}, dimensions={0}
+  %all-gather-done.1 = f32[8,4]{1,0} all-gather-done(%all-gather-start.1)
+  %reduce-scatter.1 = f32[2,4]{1,0} reduce-scatter(%g), replica_groups=mesh['x'=2,'y'=4] {'y'}, to_apply=%add
+}
+"""
+
+
+def test_traffic_in_loops_counts_as_often_as_they_run() -> None:
+    gathered = 8 * 4 * 4 * 3 / 4  # bytes of a ring of four
+    assert collectives(HLO, 8) == [
+        Collective("all-gather", 5 + 7 + 1, (5 + 7 + 1) * gathered),
+        Collective("all-reduce", 5, 5 * (4 * 4 + 2 * 2) * 2 / 2),
+        Collective("reduce-scatter", 7 + 1, (7 + 1) * gathered),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [("v9:2x2", "a kind of v4, v5e, v5p, v6e"), ("v5e:3x7", "of v5e there are v5e:1x1, v5e:2x2"), ("v5e", "v5e:16x16")],
+)
+def test_a_pod_that_does_not_exist_is_refused_with_those_that_do(topology: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse(topology)
+
+
+@pytest.mark.parametrize(
+    ("held", "changes", "message"),
+    [
+        (15, {}, "set config.parallel.mode=mesh"),
+        (15, {"parallel.mode": "mesh", "parallel.fsdp": 2}, "raise config.parallel.fsdp or tensor"),
+        (15, {"parallel.mode": "mesh", "parallel.fsdp": 4}, "take a larger --topology"),
+        (1, {}, "set config.model.remat=full"),
+        (1, {"model.remat": "full", "data.batch_size": 16}, "raise config.train.micro_batches"),
+        (1, {"model.remat": "full"}, "raise config.parallel.tensor"),
+    ],
+)
+def test_advice_names_the_key_to_change(held: int, changes, message: str, tmp_path: Path) -> None:
+    config = tiny_run.make_config(tmp_path, **{"train.micro_batches": 1, **changes})
+    memory = plan.Memory(held * plan.GIB, 0, 0, 20 * plan.GIB, 16 * plan.GIB)
+    pod = plan.Plan("v5e:2x2", 4, "", 1, memory, Work(1.0, 1.0), [], {"compute": 1.0})
+    assert message in plan.advice(pod, config)
+    assert "DOES NOT FIT" in plan.show(pod, config)
+
+
+# Parameters, as the models' authors count them.
+PODS = {
+    "pythia_2_8b_v5e_16": 2_775_208_960,
+    "llama3_8b_v5e_64": 8_030_261_248,
+    "llama3_8b_v5p_16": 8_030_261_248,
+    "mistral_7b_v4_32": 7_241_732_096,
+    "llama3_70b_v5p_256": 70_553_706_496,
+    "llama3_70b_v5e_256": 70_553_706_496,
+}
+
+
+@pytest.mark.parametrize("name", PODS)
+def test_a_config_for_a_pod_divides_over_it(name: str) -> None:
+    found = importlib.import_module(f"configs.tpu.{name}")
+    config = from_config_dict(found.get_config())
+    assert f"--config=configs/tpu/{name}.py" in (found.__doc__ or "")
+    assert config.data.batch_size >= 64 and config.data.prompt_length + config.data.answer_length == 2048
+    parse(config.plan.topology)
+    chips = math.prod(int(n) for n in config.plan.topology.partition(":")[2].split("x"))
+    mesh = mesh_shape(chips, data=config.parallel.data, fsdp=config.parallel.fsdp, tensor=config.parallel.tensor)
+    check_divides(config.data.batch_size, config.train.micro_batches, mesh["data"] * mesh["fsdp"])
+    model = open_pretrained(config.plan.sizes).model()
+    assert model.config.key_heads % config.parallel.tensor == 0
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    assert parameter_count(params) == PODS[name]
+    placement = Placement(logical_axes(model), mesh)
+    assert all("norm" in name or name.endswith("bias") for name in placement.whole(params))
+
+
+def test_every_config_for_a_pod_is_tested() -> None:
+    assert {path.stem for path in (tiny_run.ROOT / "configs" / "tpu").glob("*.py")} == {*PODS, "base"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs pip install -r requirements-tpu.txt")
+def test_a_step_is_compiled_for_chips_that_are_not_here(tmp_path: Path) -> None:
+    mesh = {"parallel.mode": "mesh", "parallel.fsdp": 2, "parallel.tensor": 2, "parallel.devices": None}
+    config = tiny_run.make_config(tmp_path, **{**mesh, "train.micro_batches": 1})
+    found = plan.make_plan(config, "v5e:2x2")
+    assert found.chips == 4 and found.memory.fits and found.memory.activations > 0
+    whole = 4 * found.parameters
+    # fp32 in quarters; norms, odd vocabularies and the optimizer's count are whole.
+    assert whole / 4 <= found.memory.parameters < whole / 2
+    assert found.memory.reference == found.memory.parameters
+    assert 2 * found.memory.parameters == pytest.approx(found.memory.optimizer, abs=8)
+    assert {t.kind for t in found.traffic} >= {"all-gather", "all-reduce"} and 0 < found.mfu < 1
+    large = dataclasses.replace(config.model, context_length=4096, width=16384, mlp_width=65536, layers=8, heads=128)
+    plan_of_large = plan.make_plan(dataclasses.replace(config, model=large), "v5e:2x2")
+    assert not plan_of_large.memory.fits and "larger --topology" in plan.show(plan_of_large, config)
+    assert np.isfinite(plan_of_large.mfu)
