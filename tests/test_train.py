@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ from dpo_jax import reproducer, train, workdir
 from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
+from dpo_jax.shared import Shared
 from dpo_jax.steps import TrainState
 from dpo_jax.stopping import Stopped
 from dpo_jax.writers import read_metrics
@@ -30,11 +30,10 @@ VARIANTS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _forget_programs() -> Iterator[None]:
-    """Each run compiles its own programs, and no later one needs them."""
-    yield
-    jax.clear_caches()
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    """What runs of equal configs compile, once for all tests whose point is another."""
+    return Shared()
 
 
 @pytest.fixture(scope="module")
@@ -72,23 +71,23 @@ def never() -> StopAfter:
     return StopAfter(10**9)
 
 
-def interrupted(config, folder: Path, step: int, crash: bool = True) -> None:
+def interrupted(config, folder: Path, step: int, shared: Shared | None = None, crash: bool = True) -> None:
     with (
         workdir.owned(folder, config),
         pytest.raises(Crash if crash else Stopped),
     ):
-        train.Trainer(config, folder).train(StopAfter(step, crash))
+        train.Trainer(config, folder, shared).train(StopAfter(step, crash))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_that_is_continued_is_the_uninterrupted_one(variant: str, pairs, singles, tmp_path: Path) -> None:
+def test_a_run_that_is_continued_is_the_uninterrupted_one(variant: str, pairs, singles, shared, tmp_path: Path) -> None:
     """Lines come every 3 steps, evaluations every 4, checkpoints every 5, epochs end after 6.5: nothing lines up."""
     data = singles if variant in ("sft", "kto") else pairs
     config = tiny_run.make_config(data, **VARIANTS[variant])
-    train.run(config, tmp_path / "whole")
-    interrupted(config, tmp_path / "parts", 8)
+    train.run(config, tmp_path / "whole", shared)
+    interrupted(config, tmp_path / "parts", 8, shared)
     assert not (tmp_path / "parts" / "summary.json").exists()
-    train.run(config, tmp_path / "parts")
+    train.run(config, tmp_path / "parts", shared)
     expected = tiny_run.results(tmp_path / "whole")
     assert {"metrics.jsonl", "summary.json", "samples/step_000010.jsonl", "10/step"} <= expected.keys()
     assert tiny_run.results(tmp_path / "parts") == expected
@@ -96,14 +95,14 @@ def test_a_run_that_is_continued_is_the_uninterrupted_one(variant: str, pairs, s
     assert steps == [0, 3, 4, 6, 8, 9, 10]
 
 
-def test_a_run_that_is_stopped_again_and_again_loses_nothing(pairs, tmp_path: Path) -> None:
+def test_a_run_that_is_stopped_again_and_again_loses_nothing(pairs, shared, tmp_path: Path) -> None:
     """Saves come at steps where no line of metrics is due."""
     config = tiny_run.make_config(pairs, **{"eval.prompts": 0})
-    train.run(config, tmp_path / "whole")
+    train.run(config, tmp_path / "whole", shared)
     for step in (1, 3, 1, 2):  # after 1, 4, 5 and 7
-        interrupted(config, tmp_path / "parts", step, crash=False)
+        interrupted(config, tmp_path / "parts", step, shared, crash=False)
     assert Checkpoint.steps(tmp_path / "parts") == [1, 4, 5, 7]
-    train.run(config, tmp_path / "parts")
+    train.run(config, tmp_path / "parts", shared)
     assert tiny_run.results(tmp_path / "parts") == tiny_run.results(tmp_path / "whole")
 
 
@@ -115,26 +114,27 @@ class Checkpoint:
         return sorted(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
 
 
-def test_a_run_killed_before_its_summary_is_finished_without_training(pairs, tmp_path: Path) -> None:
+def test_a_run_killed_before_its_summary_is_finished_without_training(pairs, shared, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs, **{"eval.prompts": 0})
-    first = train.run(config, tmp_path)
+    first = train.run(config, tmp_path, shared)
     summary = (tmp_path / "summary.json").read_bytes()
     (tmp_path / "summary.json").unlink()
-    trainer = train.Trainer(config, tmp_path)
+    trainer = train.Trainer(config, tmp_path, shared)
+    traces = dict(trainer.parallel.traces)
     assert trainer.train(never()) == pytest.approx(first, nan_ok=True, abs=0, rel=0)
-    assert trainer.parallel.traces == {}
-    train.run(config, tmp_path)
+    assert trainer.parallel.traces == traces
+    train.run(config, tmp_path, shared)
     assert (tmp_path / "summary.json").read_bytes() == summary
 
 
-def test_a_finished_run_says_so_and_does_not_train_again(pairs, tmp_path: Path, caplog) -> None:
+def test_a_finished_run_says_so_and_does_not_train_again(pairs, shared, tmp_path: Path, caplog) -> None:
     config = tiny_run.make_config(pairs, **{"eval.prompts": 0, "eval.examples": 0})
-    first = train.run(config, tmp_path)
+    first = train.run(config, tmp_path, shared)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.name != workdir.LOCK_FILE}
     logging.set_verbosity(logging.INFO)
     logging.get_absl_logger().propagate = True
     with caplog.at_level("INFO"):
-        assert train.run(config, tmp_path) == pytest.approx(first, nan_ok=True, abs=0, rel=0)
+        assert train.run(config, tmp_path, shared) == pytest.approx(first, nan_ok=True, abs=0, rel=0)
     assert f"{tmp_path} is finished" in caplog.text
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -159,12 +159,12 @@ def test_devices_and_micro_batches_train_alike(pairs, tmp_path: Path) -> None:
 # --- refused, in plain words -----------------------------------------------------------------------------------------
 
 
-def test_a_workdir_of_another_config_is_refused(pairs, tmp_path: Path) -> None:
-    train.run(tiny_run.make_config(pairs, **{"eval.prompts": 0}), tmp_path)
+def test_a_workdir_of_another_config_is_refused(pairs, shared, tmp_path: Path) -> None:
+    train.run(tiny_run.make_config(pairs, **{"eval.prompts": 0}), tmp_path, shared)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
     other = tiny_run.make_config(pairs, **{"eval.prompts": 0, "loss.beta": 0.5, "optim.schedule": "linear"})
     with pytest.raises(ValueError, match="belongs to another config") as error:
-        train.run(other, tmp_path)
+        train.run(other, tmp_path, shared)
     assert "config.loss.hyper.beta: 0.5 here, None there" in str(error.value)
     assert "config.optim.schedule: 'linear' here, 'cosine' there" in str(error.value)
     assert "choose another --workdir" in str(error.value)
@@ -250,17 +250,17 @@ def test_other_data_under_the_same_path_is_refused(tmp_path: Path) -> None:
     assert "run.tokenizer" not in str(error.value)
 
 
-def test_another_version_of_the_code_is_refused(pairs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_the_code_is_refused(pairs, shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_run.make_config(pairs, **QUICK)
-    interrupted(config, tmp_path, 7)
+    interrupted(config, tmp_path, 7, shared)
     monkeypatch.setattr(workdir, "__version__", "99.0")
     with pytest.raises(ValueError, match=r"run.version: '99.0' here, '0.1.0' there"):
-        train.run(config, tmp_path)
+        train.run(config, tmp_path, shared)
 
 
-def test_another_start_under_the_same_path_is_refused(pairs, tmp_path: Path) -> None:
+def test_another_start_under_the_same_path_is_refused(pairs, shared, tmp_path: Path) -> None:
     for seed in (1, 2):
-        train.run(tiny_run.make_config(pairs, seed=seed, **QUICK), tmp_path / f"start{seed}")
+        train.run(tiny_run.make_config(pairs, seed=seed, **QUICK), tmp_path / f"start{seed}", shared)
     (tmp_path / "start").symlink_to(tmp_path / "start1")
     config = tiny_run.make_config(pairs, **{"init.run": str(tmp_path / "start"), "eval.examples": 0})
     interrupted(config, tmp_path / "run", 7)
@@ -270,8 +270,8 @@ def test_another_start_under_the_same_path_is_refused(pairs, tmp_path: Path) -> 
         train.run(config, tmp_path / "run")
 
 
-def test_a_reference_that_drifts_stops_the_run(pairs, tmp_path: Path) -> None:
-    trainer = train.Trainer(tiny_run.make_config(pairs, **QUICK), tmp_path)
+def test_a_reference_that_drifts_stops_the_run(pairs, shared, tmp_path: Path) -> None:
+    trainer = train.Trainer(tiny_run.make_config(pairs, **QUICK), tmp_path, shared)
 
     class Drift(StopAfter):
         def agreed(self) -> bool:
@@ -284,10 +284,10 @@ def test_a_reference_that_drifts_stops_the_run(pairs, tmp_path: Path) -> None:
     assert Checkpoint.steps(tmp_path) == [5]
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(pairs, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(pairs, shared, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.every": 2})
-    train.run(config, tmp_path / "whole")
-    interrupted(config, tmp_path / "run", 7)
+    train.run(config, tmp_path / "whole", shared)
+    interrupted(config, tmp_path / "run", 7, shared)
     target = max((tmp_path / "run" / "checkpoints" / "6" / "state").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(target.read_bytes())
     content[len(content) // 2] ^= 1
@@ -295,9 +295,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(pairs, tmp_path: 
     stop = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.every": 2, "checkpoint.on_damage": "stop"})
     (tmp_path / "run" / "config.json").write_text(workdir.to_json(stop))
     with pytest.raises(OSError, match="the checkpoint of step 6 is damaged"):
-        train.run(stop, tmp_path / "run")
+        train.run(stop, tmp_path / "run", shared)
     (tmp_path / "run" / "config.json").write_text(workdir.to_json(config))
-    train.run(config, tmp_path / "run")
+    train.run(config, tmp_path / "run", shared)
     assert (tmp_path / "run" / "checkpoints" / "damaged-6").is_dir()
     assert tiny_run.results(tmp_path / "run") == tiny_run.results(tmp_path / "whole")
 
@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_nothing_is_lost(pairs, tmp_path: 
 HOT = {"optim.learning_rate": 1e15, "optim.schedule": "constant", "optim.warmup_steps": 0}
 
 
-def test_a_step_that_is_not_finite_stops_the_run_and_can_be_run_again(pairs, tmp_path: Path) -> None:
+def test_a_step_that_is_not_finite_stops_the_run_and_can_be_run_again(pairs, shared, tmp_path: Path) -> None:
     changes = {
         "optim.learning_rate": 1e15,
         "optim.schedule": "constant",
@@ -317,7 +317,7 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_run_again(pairs, tmp
         "checkpoint.every": 1,
     }
     with pytest.raises(FloatingPointError, match="step 2 is not finite; the first tensor that is not: ") as error:
-        train.run(tiny_run.make_config(pairs, **QUICK, **changes), tmp_path)
+        train.run(tiny_run.make_config(pairs, **QUICK, **changes), tmp_path, shared)
     message = str(error.value)
     assert "log-probabilities of the policy, in row(s) 0, 1, 2" in message
     folder = tmp_path / "not_finite" / "step_000002"
@@ -327,33 +327,33 @@ def test_a_step_that_is_not_finite_stops_the_run_and_can_be_run_again(pairs, tmp
     assert str(finding) in message
     case = reproducer.load(folder)
     assert int(case.state.step) == 1
-    batch = train.Trainer(case.config, tmp_path).pipeline.batch(1)
+    batch = train.Trainer(case.config, tmp_path, shared).pipeline.batch(1)
     jax.tree.map(np.testing.assert_array_equal, case.batch, batch)
 
 
-def test_steps_are_left_out_as_many_as_allowed(pairs, tmp_path: Path) -> None:
+def test_steps_are_left_out_as_many_as_allowed(pairs, shared, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs, **QUICK, **HOT, **{"train.max_skipped": 3})
     with pytest.raises(FloatingPointError, match="step 5 is not finite") as error:
-        train.run(config, tmp_path)
+        train.run(config, tmp_path, shared)
     assert "3 steps before it were left out (config.train.max_skipped)" in str(error.value)
     assert [row["train/skipped_steps"] for row in read_metrics(tmp_path / "metrics.jsonl")] == [2]
 
 
-def test_a_batch_without_chosen_answers_is_no_step_left_out(singles, tmp_path: Path, caplog) -> None:
+def test_a_batch_without_chosen_answers_is_no_step_left_out(singles, shared, tmp_path: Path, caplog) -> None:
     """Half of the answers are undesirable; in batches of one, sft has nothing to look at every other step."""
     config = tiny_run.make_config(
         singles, **QUICK, **{"loss.name": "sft", "data.batch_size": 1, "train.micro_batches": 1}
     )
-    summary = train.run(config, tmp_path)
+    summary = train.run(config, tmp_path, shared)
     assert summary["train/skipped_steps"] == 0
     assert "left out" not in caplog.text
 
 
-def test_steps_left_out_are_remembered_over_a_restart(pairs, tmp_path: Path) -> None:
+def test_steps_left_out_are_remembered_over_a_restart(pairs, shared, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs, **QUICK, **HOT, **{"train.max_skipped": 3})
-    interrupted(config, tmp_path, 3, crash=False)
+    interrupted(config, tmp_path, 3, shared, crash=False)
     with pytest.raises(FloatingPointError, match="step 5 is not finite"):
-        train.run(config, tmp_path)
+        train.run(config, tmp_path, shared)
 
 
 def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
@@ -362,26 +362,26 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
         train.Trainer._check_finite(state, checkpoints)
 
 
-def test_keeping_the_best_of_an_unknown_metric_is_refused(pairs, tmp_path: Path) -> None:
+def test_keeping_the_best_of_an_unknown_metric_is_refused(pairs, shared, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.keep_best": "eval/los"})
     with pytest.raises(ValueError, match="keep_best is 'eval/los', which this run does not measure; .*train/loss"):
-        train.run(config, tmp_path)
+        train.run(config, tmp_path, shared)
 
 
-def test_the_best_checkpoint_stays(pairs, tmp_path: Path) -> None:
+def test_the_best_checkpoint_stays(pairs, shared, tmp_path: Path) -> None:
     changes = {
         "checkpoint.every": 2,
         "checkpoint.keep": 1,
         "checkpoint.keep_best": "train/loss",
         "checkpoint.best": "max",
     }
-    train.run(tiny_run.make_config(pairs, **QUICK, **changes, **{"train.log_every": 2}), tmp_path)
+    train.run(tiny_run.make_config(pairs, **QUICK, **changes, **{"train.log_every": 2}), tmp_path, shared)
     losses = {row["step"]: row["train/loss"] for row in read_metrics(tmp_path / "metrics.jsonl")}
     assert Checkpoint.steps(tmp_path) == sorted({max(losses, key=losses.__getitem__), 10})
 
 
-def test_time_blocked_by_saves_is_reported(pairs, tmp_path: Path) -> None:
-    train.run(tiny_run.make_config(pairs, **QUICK), tmp_path)
+def test_time_blocked_by_saves_is_reported(pairs, shared, tmp_path: Path) -> None:
+    train.run(tiny_run.make_config(pairs, **QUICK), tmp_path, shared)
     rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
     blocked = [row["checkpoint_blocked_seconds"] for row in rows]
     assert blocked == sorted(blocked)
