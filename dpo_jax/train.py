@@ -11,7 +11,6 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +18,30 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import lora, processes, reference, reproducer, sources, workdir
+from dpo_jax import processes, reproducer, workdir
 from dpo_jax.build import (
-    build,
-    check_examples,
     fresh_state,
     guarded,
     guarded_step,
     is_adapted,
-    make_parallel,
-    make_pipeline,
     state_shapes,
     without_base,
 )
 from dpo_jax.checkpoint import Checkpoints, Retention
 from dpo_jax.config import Config
-from dpo_jax.data.pipeline import Pipeline, source_fingerprint
-from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
+from dpo_jax.data.pipeline import Pipeline
+from dpo_jax.evaluate import Evaluator
 from dpo_jax.guards import SKIPPED, Guarded, Watch
 from dpo_jax.integrity import hash_tree
 from dpo_jax.logbook import Logbook
-from dpo_jax.parallel import check_divides
+from dpo_jax.opened import OpenedRun
 from dpo_jax.progress import Progress, duration
-from dpo_jax.shared import Shared, program_key
-from dpo_jax.start import start_adapters, start_params
-from dpo_jax.steps import Hyper, TrainState, make_eval_step
+from dpo_jax.shared import Shared
+from dpo_jax.start import start_adapters
+from dpo_jax.steps import Hyper, TrainState
 from dpo_jax.stopping import Stopped, StopRequest
 from dpo_jax.trees import named_leaves, parameter_count
-from dpo_jax.types import CHOSEN, REJECTED, Params, PreferenceBatch
+from dpo_jax.types import PreferenceBatch
 from dpo_jax.writers import make_writer
 
 
@@ -111,42 +106,11 @@ class Seat:
 Work = Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], dict[str, float]]
 
 
-class Trainer:
-    """A run being run: built parts, data and devices.
-
-    Attributes:
-      parallel: the devices, with the counts of traces.
-      steps: updates of the whole run.
-    """
+class Trainer(OpenedRun):
+    """A run being run."""
 
     def __init__(self, config: Config, folder: Path, shared: Shared | None = None) -> None:
-        self.config, self.workdir = config, folder
-        self.shared, self._alone = shared or Shared(), shared is None
-        self._clean_data = clean = dataclasses.replace(config.data, flip=0.0)
-        with processes.in_turn("data"):
-            opened = self.shared.get(("data", clean), lambda: sources.open_dataset(clean))
-        self.data = sources.flipped(opened, config.data.flip, config.seed)
-        self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
-        model = self.parts.model
-        place = ("devices", config.parallel, model if config.parallel.mode == "mesh" else None)
-        self.parallel = self.shared.get(place, lambda: make_parallel(config.parallel, model, jax.devices()))
-        check_divides(config.data.batch_size, config.train.micro_batches, self.parallel.parts)
-        roles, _ = (
-            self.shared.get(
-                ("examples", source_fingerprint(source), self.parts.shape),
-                partial(check_examples, source, self.parts.shape, len(self.data.tokenizer)),
-            )
-            for source in (self.data.train, self.data.held_out)
-        )
-        for advice in self.parts.objective.advice(roles[CHOSEN], roles[REJECTED], self.parts.hyper.loss):
-            logging.warning("%s", advice)
-        self.pipeline = make_pipeline(config, self.parts, self.data.train, self.parallel.process)
-        held_out = _Head(self.data.held_out, config.eval.examples) if config.eval.examples else None
-        self.held_out = None if held_out is None else make_pipeline(config, self.parts, held_out, self.parallel.process)
-        self.steps = self._step_count()
-        self.program = (program_key(config), len(self.data.tokenizer), self.data.answers, self.steps)
-        self._identity = workdir.identity(config, self.data, self.pipeline)
-        self._start_hash: str | None = None  # of the parameters that training starts from
+        super().__init__(config, folder, shared)
         self._reference_hash: str | None = None
 
     def train(self, stop: StopRequest) -> dict[str, float]:
@@ -178,34 +142,17 @@ class Trainer:
                 if memory is not None:
                     log.remember(memory)
                 if start < self.steps:
-                    self._attach_reference()
+                    self.attach_reference()
                     if seat.shows:
                         self._announce(state, start)
                     yield from self._loop(state, log, checkpoints, seat)
             return log.latest
 
-    def _attach_reference(self) -> None:
-        """Gives the batches the reference's stored log-probabilities, where the config asks for it."""
-        root = self.config.reference.store
-        if root is None:
-            return
-        if jax.process_count() > 1:
-            raise ValueError("config.reference.store needs a run of one process; leave it unset for several")
-        assert self._start_hash is not None
-        identity = reference.identity_of(self.config, self.parts, self.data.tokenizer, self._start_hash)
-        needs = [reference.need_of(self.pipeline, self.steps)]
-        if self.held_out is not None:
-            needs.append(reference.need_of(self.held_out, None))
-        score = reference.ReferencePass(self.config, self.parts, self.parallel, self._start_params)
-        store = reference.open_store(root, identity, needs, score)
-        for pipeline in filter(None, (self.pipeline, self.held_out)):
-            pipeline.attach = store.attach
-
     def _loop(
         self, state: TrainState, log: Logbook, checkpoints: Checkpoints, seat: Seat
     ) -> Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], None]:
         start = int(state.step)
-        evaluators = self._evaluators()
+        evaluators = self.evaluators()
         hyper = self.parallel.replicate(self.parts.hyper)
         carry = seat.place(guarded(state, log.skipped))
         if start == 0:
@@ -250,7 +197,7 @@ class Trainer:
         case = reproducer.Case(
             self.config,
             state,
-            self._whole_batch(step),
+            self.whole_batch(step),
             len(self.data.tokenizer),
             self.data.answers,
             self.steps,
@@ -265,12 +212,6 @@ class Trainer:
             "Lower config.optim.learning_rate, set config.optim.clip_norm or mend the data, in a new --workdir"
         )
 
-    def _whole_batch(self, step: int) -> PreferenceBatch:
-        """The rows of all processes."""
-        pipeline = make_pipeline(self.config, self.parts, self.data.train)
-        pipeline.attach = self.pipeline.attach
-        return pipeline.batch(step - 1)
-
     def _evaluate(
         self, evaluators: Mapping[str, Evaluator], log: Logbook, carry: Guarded, hyper: Hyper, step: int
     ) -> None:
@@ -284,8 +225,8 @@ class Trainer:
         self._check_reference(state, checkpoints)
         log.sync()
         meta = {
-            "identity": self._identity,
-            "start": self._start_hash,
+            "identity": self.identity,
+            "start": self.start_hash,
             "reference": self._reference_hash,
             "memory": log.memory(),
         }
@@ -322,8 +263,8 @@ class Trainer:
     def _restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any] | None]:
         restored = self._restore(checkpoints)
         if restored is None:
-            params = self._start_params()
-            if not self._alone:
+            params = self.start_params()
+            if not self.alone:
                 # A copy: other runs start from the same ones, and the buffers are reused by every step.
                 params = jax.tree.map(np.array, params)
             adapters = start_adapters(self.config, self.parts.model) if is_adapted(self.parts) else None
@@ -331,43 +272,21 @@ class Trainer:
             self._reference_hash = None if state.reference is None else hash_tree(state.reference)
             return state, None
         state, meta = restored
-        self._start_hash, self._reference_hash = meta["start"], meta["reference"]
+        self.start_hash, self._reference_hash = meta["start"], meta["reference"]
         if is_adapted(self.parts):
-            state = dataclasses.replace(state, reference=self._start_params())
+            state = dataclasses.replace(state, reference=self.start_params())
         self._check_reference(state, checkpoints)
         return state, meta["memory"]
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]] | None:
         """The newest whole checkpoint. The first process finds it, since it sets damaged ones aside."""
         like, restored = without_base(self.parts, state_shapes(self.parts)), None
-        admit = lambda meta: workdir.check_identity(meta["identity"], self._identity, checkpoints.folder)  # noqa: E731
+        admit = lambda meta: workdir.check_identity(meta["identity"], self.identity, checkpoints.folder)  # noqa: E731
         if processes.first():
             stop_at_damage = self.config.checkpoint.on_damage == "stop"
             restored = checkpoints.restore_newest(like, admit, stop_at_damage=stop_at_damage)
         step = processes.told_by_first(lambda: -1 if restored is None else int(restored[0].step))
         return checkpoints.restore(step, like, admit) if restored is None and step >= 0 else restored
-
-    def _start_params(self) -> Params:
-        """The parameters that training starts from; the same ones when the run continues."""
-        init = self.config.init.run or self.config.init.hf
-        read = self._read_start_params  # a run alone does not keep them
-        params, found = read() if self._alone else self.shared.get(self._start_key, read)
-        if found != (self._start_hash or found):
-            raise ValueError(
-                f"{init} (config.init) holds other parameters than when this run began (hash {found}, expected "
-                f"{self._start_hash}); bring them back, or choose another --workdir to start from the new ones"
-            )
-        self._start_hash = found
-        return params
-
-    @property
-    def _start_key(self) -> tuple[Any, ...]:
-        init = self.config.init
-        return "start", init, None if init.run or init.hf else self.config.seed, self.parts.model
-
-    def _read_start_params(self) -> tuple[Params, str]:
-        params = start_params(self.config, lora.with_adapter(self.parts.model, None))
-        return params, hash_tree(params)
 
     def _logbook(self, writer: Any, checkpoints: Checkpoints, seat: Seat) -> Logbook:
         return Logbook(
@@ -383,63 +302,6 @@ class Trainer:
             durations=lambda: {"checkpoint_blocked_seconds": checkpoints.blocked},
         )
 
-    def _step_count(self) -> int:
-        if self.config.train.steps is not None:
-            return self.config.train.steps
-        return max(1, self.pipeline.steps(self.config.train.epochs or 0.0))
-
-    def _evaluators(self) -> dict[str, Evaluator]:
-        evaluators: dict[str, Evaluator] = {}
-        settings = self.config.eval
-        if self.held_out is not None:
-            step = self.shared.get(("eval", self.program), self._make_eval_step)
-            evaluators["eval"] = HeldOutLoss(self.held_out, step, self.parallel)
-        if settings.prompts:
-            evaluators["samples"] = self._sampled_answers()
-        return evaluators
-
-    def _make_eval_step(self) -> Callable[..., Any]:
-        parts, chunk = self.parts, self.config.train.head_chunk
-        return self.parallel.eval_step(
-            make_eval_step(parts.model, parts.objective, self.data.answers, chunk, self.parallel.axis)
-        )
-
-    def _sampled_answers(self) -> SampledAnswers:
-        settings, config = self.config.eval, self.config
-        prompts = unique_prompts(self.data.held_out, settings.prompts)
-        completer = self.shared.get(
-            ("completer", self.parts.model, len(prompts), self._clean_data, config.train.head_chunk, config.parallel),
-            lambda: Completer(
-                self.parts.model,
-                self.data.tokenizer,
-                self.parallel,
-                prompt_length=config.data.prompt_length,
-                answer_length=config.data.answer_length,
-                rows=len(prompts),
-                head_chunk=config.train.head_chunk,
-            ),
-        )
-        judge = ("judge", settings.reward, self._clean_data)
-        return SampledAnswers(
-            completer,
-            prompts,
-            self._sides(),
-            self.shared.get(judge, lambda: sources.imdb_reward(config.data, settings.reward)),
-            self.workdir / "samples" if processes.first() else None,
-            seed=self.config.seed,
-            temperature=settings.temperature,
-        )
-
-    def _sides(self) -> Callable[[TrainState], tuple[Params, Params]]:
-        """What gives the parameters of (policy, what training started from) for the model, replicated."""
-        if is_adapted(self.parts):
-            # The base with adapters that add nothing: no second copy, no second program.
-            shapes = state_shapes(self.parts).params
-            nothing = self.parallel.replicate(jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes))
-            return lambda state: (lora.join(state.reference, state.params), lora.join(state.reference, nothing))
-        start = self.shared.get(("placed", *self._start_key), lambda: self.parallel.replicate(self._start_params()))
-        return lambda state: (state.params, start)
-
     def _announce(self, state: TrainState, start: int) -> None:
         logging.info(
             "%s: %.2f M parameters trained, %d examples, %d steps of %d on %d device(s)%s",
@@ -454,30 +316,6 @@ class Trainer:
 
 
 _NOBODY = -1  # no process has this index
-
-
-class _Head:
-    """The first examples of a source."""
-
-    def __init__(self, source: sources.Source, count: int) -> None:
-        self._source, self._count = source, min(count, len(source))
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> Any:
-        return self._source[index]
-
-
-def unique_prompts(source: sources.Source, count: int) -> list[np.ndarray]:
-    """The first different prompts of a source, in order, at most ``count``."""
-    found: dict[bytes, np.ndarray] = {}
-    for i in range(len(source)):
-        if len(found) == count:
-            break
-        prompt = source[i].prompt
-        found.setdefault(prompt.tobytes(), prompt)
-    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ LAYERS = {
     "dpo_jax.config": 3,
     "dpo_jax.sources": 3,
     "dpo_jax.evaluate": 3,
+    "dpo_jax.opened": 3,
     "dpo_jax.train": 4,
     "dpo_jax.prefer": 4,
     "dpo_jax.plan": 4,
