@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from dpo_jax import build as builders
-from dpo_jax import lora, sample, start, train
+from dpo_jax import lora, opened, sample, start, train
 from dpo_jax.checkpoint import open_newest
 from dpo_jax.data.layouts import Shape
 from dpo_jax.models import init_params
 from dpo_jax.models.layers import project
+from dpo_jax.parallel import DataParallel
 from dpo_jax.start import load_adapters, make_start_model, start_params
 from dpo_jax.trees import named_leaves
 from dpo_jax.writers import read_metrics
@@ -161,7 +162,7 @@ def steps_of(data: Path, loss: str, devices: int, micro: int, **changes):
     parts = builders.build(config, vocab_size=tiny_run.VOCAB, answers=2)
     shapes = builders.state_shapes(parts)
     base = random_like(shapes.reference)
-    parallel = train.DataParallel(jax.devices()[:devices])
+    parallel = DataParallel(jax.devices()[:devices])
     step = parallel.train_step(builders.guarded_step(config, parts, 10, parallel.axis))
     batch = builders.make_pipeline(config, parts, random_examples(8, Shape(2, 3, 8))).batch(0)
     state = builders.fresh_state(parts, base, lora.fresh(shapes.params, 0))
@@ -175,7 +176,9 @@ def steps_of(data: Path, loss: str, devices: int, micro: int, **changes):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_training_starts_at_the_base_and_leaves_it_alone(dtype: str, data: Path) -> None:
     (first, second), state, base = steps_of(data, "dpo", 1, 1, **{"model.dtype": dtype, "model.param_dtype": dtype})
-    assert first["rewards/margins"] == 0.0 and first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    # Policy and base are different programs, whose fp32 sums XLA may order differently.
+    assert first["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert second["rewards/margins"] != 0.0 and first["grad_norm"] > 0
     jax.tree.map(np.testing.assert_array_equal, state.reference, base)
     moments = {name for name in named_leaves(state.opt_state) if "blocks" in name}
@@ -234,7 +237,8 @@ def test_others_see_the_policy_of_a_run_whole(run: Path, data: Path) -> None:
     """As ``init.run``, in samples and exports."""
     config = tiny_run.make_config(data, **RUN, **{"init.run": str(run)})
     model = make_start_model(config, tiny_run.VOCAB)
-    policy, base = named_leaves(start_params(config, model)), named_leaves(init_params(model, jax.random.key(0)))
+    fresh = tiny_run.make_config(data, **RUN)
+    policy, base = (named_leaves(start_params(c, model)) for c in (config, fresh))
     moved = {name for name in base if not np.array_equal(base[name], policy[name])}
     assert moved == {"blocks/qkv/kernel", "blocks/mlp_in/kernel", "blocks/mlp_out/kernel"}
     low = named_leaves(load_adapters(run, model)[1])
@@ -249,7 +253,7 @@ def test_a_changed_base_is_refused(run: Path, data: Path, tmp_path: Path, monkey
     model = make_start_model(config, tiny_run.VOCAB)
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
-    for module in (start, train):
+    for module in (start, opened):
         monkeypatch.setattr(module, "start_params", lambda config, model: init_params(model, jax.random.key(1)))
     with pytest.raises(ValueError, match="holds other parameters than when adapters were trained on it"):
         start.load_policy(tmp_path / "run", model)
