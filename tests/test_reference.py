@@ -18,6 +18,7 @@ from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.parallel import DataParallel
 from dpo_jax.refstore import IDENTITY, ReferenceStore, answer_key, identity_hash
 from dpo_jax.sources import open_dataset
+from dpo_jax.start import start_params
 from tests import tiny_run
 from tests.test_train import never
 from tests.tiny import random_examples
@@ -232,7 +233,7 @@ def test_the_reference_pass_scores_in_rows_like_those_of_the_run(pairs: Path) ->
     parts = build(config, vocab_size=len(dataset.tokenizer), answers=2)
     parallel = DataParallel(jax.local_devices()[:2])
     model = lora.with_adapter(parts.model, None)
-    params = train.start_params(config, model)
+    params = start_params(config, model)
     run = reference.ReferencePass(config, parts, parallel, lambda: params)
     found = {e.uid: logps for e, logps in run(iter(dataset.train))}
     assert parallel.traces == {"reference": 1}

@@ -54,6 +54,8 @@ def assert_close(got: list[dict[str, float]], expected: list[dict[str, float]], 
         for key in (key for key in b if key.startswith(prefix)):
             if key.endswith("correlation"):
                 continue  # differences of sums of squares, of four pairs: fp32 keeps few of their digits
+            if b["step"] <= 1 and key.endswith(("displacement", "accuracies")):
+                continue  # the policy is its reference: rounding decides which is the greater
             assert a[key] == pytest.approx(b[key], rel=1e-5, abs=1e-5, nan_ok=True), (b["step"], key)
 
 
