@@ -94,7 +94,7 @@ def command(*arguments: str, program: str = "dpo_jax.train") -> list[str]:
 def call(*arguments: str, program: str = "dpo_jax.train") -> subprocess.CompletedProcess[str]:
     """Runs a program to its end."""
     return subprocess.run(
-        command(*arguments, program=program), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300
+        command(*arguments, program=program), cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900
     )
 
 
