@@ -8,19 +8,11 @@ starts from runs/imdb (``make demo``).
 
 from ml_collections import ConfigDict
 
-from configs import imdb_dpo
+from experiments.imdb.sweeps import SHARED_AXES, get_base
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    config = imdb_dpo.get_config()
-    config.reference.store = "runs/imdb/references"
-    config.eval.update(every=47, prompts=400)
-    config.checkpoint.update(every=94, keep=1)
-    if size == "quick":
-        config.train.update(epochs=None, steps=24)
-        config.optim.warmup_steps = 5
-        config.eval.update(every=8, prompts=100, examples=64)
-    return config
+    return get_base(size, every=47)
 
 
 def get_axes(size: str = "full") -> dict:
@@ -31,10 +23,8 @@ def get_axes(size: str = "full") -> dict:
         "robust": {"loss.name": "robust", **told},
         "ipo": {"loss.name": "ipo"},
     }
-    quick = size == "quick"
     return {
         "method": methods,
-        "data.flip": [0.0, 0.4] if quick else [0.0, 0.1, 0.2, 0.3, 0.4],
-        "optim.learning_rate": [4e-4] if quick else [1e-4, 2e-4, 4e-4],
-        "seed": [0] if quick else [0, 1, 2],
+        "data.flip": [0.0, 0.4] if size == "quick" else [0.0, 0.1, 0.2, 0.3, 0.4],
+        **SHARED_AXES[size],
     }
