@@ -1,18 +1,19 @@
 """From hidden states to log-probabilities of answers. All of it in fp32, whatever the model's dtype.
 
 The head runs on targets only, in chunks whose logits are recomputed in the backward pass: [R, L, V] never exists, and
-neither does [R, M, V].
+neither does [R, M, V]. Columns of the batch in which no row has a target cost nothing.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.layers import project, training_mask
+from dpo_jax.models.layers import outer_sum, project, training_mask
 from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
 
@@ -60,7 +61,9 @@ def target_scores(
     states_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
     hidden_RMD = constrain(states_RMD, "rows", None, "embed")
     head_VD = model.apply(variables, method="head")
-    return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap)
+    # Padding has weight 0 and source 0; a turn that is left out has weight 0 too, but is scored for the store.
+    used_M = jnp.any((batch.weight_RM > 0) | (batch.source_RM > 0), axis=0)
+    return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap, used_M)
 
 
 def stored(batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
@@ -79,9 +82,14 @@ def stored(batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
 
 
 def token_scores(
-    hidden_RMD: Array, head_VD: Array, target_RM: Array, chunk: int, logit_cap: float | None = None
+    hidden_RMD: Array,
+    head_VD: Array,
+    target_RM: Array,
+    chunk: int,
+    logit_cap: float | None = None,
+    used_M: Array | None = None,
 ) -> TokenScores:
-    """Scores of targets, ``chunk`` of them at a time.
+    """Scores of targets, ``chunk`` of them at a time: the same columns of all rows.
 
     Args:
       hidden_RMD: the states that predict the targets.
@@ -89,30 +97,88 @@ def token_scores(
       target_RM: int32.
       chunk: targets whose logits exist at a time, as many of each row and at least one.
       logit_cap: c of c·tanh(logit / c); None leaves logits alone.
+      used_M: bool, columns in which some row has a target; nothing is computed after the last. None is all.
 
     Returns:
-      TokenScores of shape [R, M]; entropy and log_collision carry no gradient.
+      TokenScores of shape [R, M], 0 in chunks after the last column that is used; entropy and log_collision carry no
+      gradient.
     """
     rows, targets = target_RM.shape
-    pieces = -(-targets // max(1, chunk // rows))
-    size = -(-targets // pieces)
-    padding = pieces * size - targets
+    count = -(-targets // max(1, chunk // rows))
+    size = -(-targets // count)
+    padding = count * size - targets
+    hidden = jnp.pad(hidden_RMD, ((0, 0), (0, padding), (0, 0)))
+    target = jnp.pad(target_RM, ((0, 0), (0, padding)))
     # Chunks are of all rows: where rows lie on different devices, each scores its own.
-    hidden = jnp.pad(hidden_RMD, ((0, 0), (0, padding), (0, 0))).reshape(rows, pieces, size, -1).swapaxes(0, 1)
-    target = jnp.pad(target_RM, ((0, 0), (0, padding))).reshape(rows, pieces, size).swapaxes(0, 1)
-    score_chunk = jax.checkpoint(lambda piece: _score_chunk(piece[0], head_VD, piece[1], logit_cap))
-    scores = jax.lax.map(score_chunk, (hidden, target))
-    return TokenScores(*(a.swapaxes(0, 1).reshape(rows, -1)[:, :targets] for a in scores))
+    last = targets if used_M is None else jnp.max(jnp.where(used_M, jnp.arange(1, targets + 1), 0))
+    scores = _score_chunks(hidden, head_VD, target, -(-last // size), size, logit_cap)
+    return TokenScores(*(a[:, :targets] for a in scores))
 
 
-def _score_chunk(hidden_RCD: Array, head_VD: Array, target_RC: Array, logit_cap: float | None) -> TokenScores:
-    logits_RCV = constrain(project(hidden_RCD, head_VD, logit_cap), "rows", None, "vocab")
-    normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
-    logp_RC = jnp.take_along_axis(logits_RCV, target_RC[:, :, None], axis=-1)[:, :, 0] - normalizer_RC
-    logp_RCV = jax.lax.stop_gradient(logits_RCV - normalizer_RC[:, :, None])
-    p_RCV = jnp.exp(logp_RCV)
-    entropy_RC, collision_RC = -jnp.sum(p_RCV * logp_RCV, axis=-1), jnp.sum(p_RCV * p_RCV, axis=-1)
-    return TokenScores(logp_RC, entropy_RC, jnp.log(collision_RC))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _score_chunks(
+    hidden_RMD: Array, head_VD: Array, target_RM: Array, count: Array | int, size: int, cap: float | None
+) -> TokenScores:
+    """Scores of the first ``count`` chunks of ``size`` columns.
+
+    Its own derivative, since JAX cannot pull back through a loop whose length depends on the data, and would multiply
+    fp32 gradients of logits by half-precision matrices in fp32.
+    """
+    return _score_forward(hidden_RMD, head_VD, target_RM, count, size, cap)[0]
+
+
+def _score_forward(
+    hidden_RMD: Array, head_VD: Array, target_RM: Array, count: Array | int, size: int, cap: float | None
+) -> tuple[TokenScores, tuple]:
+    head = head_VD.astype(hidden_RMD.dtype)
+
+    def body(i: Array, out: tuple[TokenScores, Array]) -> tuple[TokenScores, Array]:
+        hidden_RCD, target_RC = (_columns(a, i, size) for a in (hidden_RMD, target_RM))
+        logits_RCV = constrain(project(hidden_RCD, head, cap), "rows", None, "vocab")
+        normalizer_RC = jax.nn.logsumexp(logits_RCV, axis=-1)
+        logp_RC = jnp.take_along_axis(logits_RCV, target_RC[:, :, None], axis=-1)[:, :, 0] - normalizer_RC
+        logp_RCV = logits_RCV - normalizer_RC[:, :, None]
+        p_RCV = jnp.exp(logp_RCV)
+        collision_RC = jnp.log(jnp.sum(p_RCV * p_RCV, axis=-1))
+        new = TokenScores(logp_RC, -jnp.sum(p_RCV * logp_RCV, axis=-1), collision_RC), normalizer_RC
+        return jax.tree.map(lambda whole, part: _with_columns(whole, part, i, size), out, new)
+
+    zeros = jnp.zeros(target_RM.shape, jnp.float32)
+    scores, normalizer_RM = jax.lax.fori_loop(0, count, body, (TokenScores(zeros, zeros, zeros), zeros))
+    return scores, (hidden_RMD, head_VD, target_RM, count, normalizer_RM)
+
+
+def _score_backward(size: int, cap: float | None, saved: tuple, cotangent: TokenScores) -> tuple:
+    hidden_RMD, head_VD, target_RM, count, normalizer_RM = saved
+    head = head_VD.astype(hidden_RMD.dtype)
+    vocab = jnp.arange(head.shape[0])[None, None]
+
+    def body(i: Array, out: tuple[Array, Array]) -> tuple[Array, Array]:
+        given = (hidden_RMD, target_RM, normalizer_RM, cotangent.logp)
+        hidden_RCD, target_RC, normalizer_RC, weight_RC = (_columns(a, i, size) for a in given)
+        logits_RCV = constrain(project(hidden_RCD, head, cap), "rows", None, "vocab")
+        wide_RCV = (vocab == target_RC[:, :, None]) - jnp.exp(logits_RCV - normalizer_RC[:, :, None])
+        slope = 1.0 if cap is None else 1.0 - jnp.square(logits_RCV / cap)
+        error_RCV = (weight_RC[:, :, None] * wide_RCV * slope).astype(head.dtype)
+        dhidden_RCD = jnp.einsum("rcv,vd->rcd", error_RCV, head, preferred_element_type=jnp.float32)
+        dhidden_RMD = _with_columns(out[0], dhidden_RCD, i, size)
+        dhead_DV = outer_sum(*(a.reshape(-1, a.shape[-1]) for a in (hidden_RCD, error_RCV)))
+        return dhidden_RMD, constrain(out[1] + dhead_DV, None, "vocab")
+
+    zeros = jnp.zeros(hidden_RMD.shape, jnp.float32), jnp.zeros(head.shape[::-1], jnp.float32)
+    dhidden_RMD, dhead_DV = jax.lax.fori_loop(0, count, body, zeros)
+    return dhidden_RMD.astype(hidden_RMD.dtype), dhead_DV.T.astype(head_VD.dtype), None, None
+
+
+_score_chunks.defvjp(_score_forward, _score_backward)
+
+
+def _columns(array: Array, i: Array, size: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, i * size, size, axis=1)
+
+
+def _with_columns(array: Array, part: Array, i: Array, size: int) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(array, part, i * size, axis=1)
 
 
 def group(array_RS: Array, grouping: tuple[int, int]) -> Array:

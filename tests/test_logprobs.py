@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from scipy.special import log_softmax
 
 from dpo_jax.data.layouts import Shape, concatenated
 from dpo_jax.logprobs import score, token_scores
+from dpo_jax.models.layers import project
 from tests.tiny import VOCAB, jit_score, random_examples, tiny_model, tiny_params
 
 
@@ -113,3 +116,41 @@ def test_bf16_models_are_scored_in_fp32() -> None:
     exact = jit_score(tiny_model(), params, batch, (1, 1), 16)
     # Hidden states carry 8 bits; their errors of up to 2^-8 reach logits of about 10.
     np.testing.assert_allclose(got.sum / got.count, exact.sum / exact.count, atol=0.2)
+
+
+@pytest.mark.parametrize(("cap", "dtype"), [(None, jnp.float32), (3.0, jnp.float32), (None, jnp.bfloat16)])
+def test_gradients_are_those_of_all_logits_at_once(cap: float | None, dtype: Any) -> None:
+    rng = np.random.default_rng(0)
+    rows, targets, width = 3, 11, 8
+    hidden, head = (
+        jnp.asarray(rng.normal(size=(*n, width)), jnp.float32).astype(dtype) for n in ((rows, targets), (VOCAB,))
+    )
+    target = rng.integers(0, VOCAB, (rows, targets)).astype(np.int32)
+    used = np.arange(targets) < 6  # chunks of 2 columns, the first 3 of 6
+    weight = jnp.asarray(rng.normal(size=(rows, targets)) * used, jnp.float32)
+
+    def plain(hidden, head):
+        logp = jax.nn.log_softmax(project(hidden, head, cap))
+        return jnp.sum(weight * jnp.take_along_axis(logp, target[..., None], -1)[..., 0])
+
+    def chunked(hidden, head):
+        scores = token_scores(hidden, head, target, 6, cap, used)
+        # What carries no gradient must not add any.
+        return jnp.sum(weight * scores.logp) + jnp.sum(scores.entropy) + jnp.sum(scores.log_collision)
+
+    expected = jax.jit(jax.grad(plain, (0, 1)))(*(a.astype(jnp.float32) for a in (hidden, head)))
+    got = jax.jit(jax.grad(chunked, (0, 1)))(hidden, head)
+    # In half precision, the gradient of the logits is rounded once (2^-9 of entries up to 3), as are the results.
+    tolerance = 2e-6 if dtype == jnp.float32 else 3e-2
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == dtype
+        np.testing.assert_allclose(a.astype(jnp.float32), b, atol=tolerance)
+
+
+def test_columns_without_a_target_are_not_computed() -> None:
+    hidden, head = np.full((1, 8, 4), np.nan, np.float32), np.ones((VOCAB, 4), np.float32)
+    hidden[:, :3] = 0.0
+    scores = jax.jit(token_scores, static_argnums=(3, 4))(
+        hidden, head, np.zeros((1, 8), np.int32), 2, None, np.arange(8) < 3
+    )
+    np.testing.assert_allclose(scores.logp[0], [-np.log(VOCAB)] * 3 + [np.nan] + [0.0] * 4, rtol=1e-6)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from dpo_jax import lora
 from dpo_jax.models.config import DecoderConfig
@@ -64,6 +67,9 @@ def attend(
 ) -> tuple[Array, Cache]:
     """Softmax attention with grouped key/value heads; softmax in fp32 whatever the dtype of the operands.
 
+    Without a cache, queries are taken in blocks, and keys after a block are not looked at: none of its queries sees a
+    later token of the row.
+
     The cache is read where it lies: joining it with the new keys, or writing them into it layer by layer, would copy
     all of it for every token. A query that sees nothing (padding) gets the mean of the values, which nobody reads.
 
@@ -82,15 +88,39 @@ def attend(
     rows, queries, heads, size = q_RQHE.shape
     groups = k_RQKE.shape[2]
     q = (q_RQHE * (size**-0.5 if scale is None else scale)).reshape(rows, queries, groups, heads // groups, size)
+    q_RKGQE = q.transpose(0, 2, 3, 1, 4)
     new = Cache(k_RQKE.swapaxes(1, 2), v_RQKE.swapaxes(1, 2))
-    seen = [new] if cache is None else [cache, new]
-    scores = [jnp.einsum("rqkge,rkte->rkgqt", q, c.key, preferred_element_type=jnp.float32) for c in seen]
+    if cache is None:
+        sums = [
+            _weighted_sum(q_RKGQE[:, :, :, start:stop], [_first_slots(new, stop)], mask_RQT[:, start:stop, :stop], cap)
+            for start, stop in itertools.pairwise(_block_borders(queries))
+        ]
+    else:
+        sums = [_weighted_sum(q_RKGQE, [cache, new], mask_RQT, cap)]
+    out_RKGQE = jnp.concatenate(sums, axis=3)
+    return out_RKGQE.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size), new
+
+
+def _weighted_sum(q_RKGQE: Array, seen: Sequence[Cache], mask_RQT: Array, cap: float | None) -> Array:
+    """Values of the keys that are seen, weighted by softmax; T counts the slots of all parts of ``seen`` in turn."""
+    wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = [wide("rkgqe,rkte->rkgqt", q_RKGQE, c.key) for c in seen]
     capped = soft_cap(jnp.concatenate(scores, axis=-1), cap)
     masked = jnp.where(mask_RQT[:, None, None], capped, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(masked, axis=-1).astype(v_RQKE.dtype)
+    weights = jax.nn.softmax(masked, axis=-1).astype(q_RKGQE.dtype)
     parts = jnp.split(weights, [s.shape[-1] for s in scores[:-1]], axis=-1)
-    sums = [jnp.einsum("rkgqt,rkte->rqkge", w, c.value) for w, c in zip(parts, seen, strict=True)]
-    return functools.reduce(jnp.add, sums).reshape(rows, queries, heads, size), new
+    sums = [wide("rkgqt,rkte->rkgqe", w, c.value) for w, c in zip(parts, seen, strict=True)]
+    return functools.reduce(jnp.add, sums).astype(q_RKGQE.dtype)
+
+
+def _first_slots(cache: Cache, count: int) -> Cache:
+    return Cache(cache.key[:, :, :count], cache.value[:, :, :count])
+
+
+def _block_borders(queries: int) -> list[int]:
+    """Cuts queries into up to 8 blocks of at least about 128; n blocks compute (n + 1) / 2n of the scores."""
+    blocks = min(8, -(-queries // 128))
+    return [queries * i // blocks for i in range(blocks + 1)]
 
 
 def cached_mask(mask_RQT: Array, start: Array | int) -> Array:
@@ -142,7 +172,22 @@ def _half_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array,
     cotangent = cotangent.astype(x.dtype)
     dx = _contract(cotangent, kernel.astype(x.dtype), -1, 1).astype(x.dtype)
     rows, columns = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
-    return dx, _contract(rows, columns, 0, 0).astype(kernel.dtype)
+    return dx, outer_sum(rows, columns).astype(kernel.dtype)
+
+
+def outer_sum(rows_TD: Array, columns_TF: Array) -> Array:
+    """Σ_t rows_t ⊗ columns_t in fp32, [D, F]: what a gradient of a matrix is."""
+
+    def transposed_first(rows_TD: Array, columns_TF: Array) -> Array:
+        return _contract(with_layout_constraint(rows_TD.T, Layout((0, 1))), columns_TF, 1, 0)
+
+    def plain(rows_TD: Array, columns_TF: Array) -> Array:
+        return _contract(rows_TD, columns_TF, 0, 0)
+
+    if jnp.dtype(rows_TD.dtype).itemsize > 2:
+        return plain(rows_TD, columns_TF)
+    # CPUs multiply half-precision matrices half as fast when one is to be read in transposed order.
+    return jax.lax.platform_dependent(rows_TD, columns_TF, cpu=transposed_first, default=plain)
 
 
 def _contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:

@@ -1,0 +1,183 @@
+"""The worker that takes steps of dpo_jax. It is started by run.py, says when it is ready, and takes a step a line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpo_jax import lora
+from dpo_jax.convert.pretrained import open_pretrained
+from dpo_jax.data.example import Example
+from dpo_jax.data.layouts import LAYOUTS, pad_rows, split_targets
+from dpo_jax.logprobs import target_scores
+from dpo_jax.losses.objective import make_objective
+from dpo_jax.models import init_params
+from dpo_jax.optim import make_optimizer
+from dpo_jax.parallel import DataParallel
+from dpo_jax.steps import Hyper, StepConfig, TrainState, init_state, make_train_step
+from dpo_jax.types import Params, PreferenceBatch, TokenBatch
+from experiments.speed import work
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What run.py asks of a worker.
+
+    Attributes:
+      model: a Hugging Face folder.
+      batches: file of token ids.
+      layout: a name in LAYOUTS.
+      dtype: of activations and products.
+      reference: step (scored in every step), store (scored once, before the first), or lora (the frozen base).
+      row_length: positions of a packed row.
+      remat: what layers keep for the backward pass.
+      head_chunk: targets whose logits exist at a time.
+      cache: folder of compiled programs; None compiles anew.
+      loss: a loss of the family.
+    """
+
+    model: str
+    batches: str
+    layout: str = "packed"
+    dtype: str = "float32"
+    reference: str = "step"
+    row_length: int = 768
+    remat: str = "none"
+    head_chunk: int = 512
+    cache: str | None = None
+    loss: str = "dpo"
+
+
+class Worker:
+    """A training step with its state and batches."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        pretrained = open_pretrained(settings.model)
+        model = pretrained.model(dtype=jnp.dtype(settings.dtype), remat=settings.remat, unroll=1)
+        params = pretrained.params(model)
+        self.parallel = DataParallel(jax.local_devices()[:1])
+        examples = work.load(Path(settings.batches))
+        self.shape = work.shape_of(
+            examples, row_length=settings.row_length, with_reference=settings.reference == "store"
+        )
+        self.rows = max(len(self._lay_out(batch, rows=None).tokens_RL) for batch in map(_blank, examples))
+        if settings.reference == "store":
+            examples = self._with_stored_reference(model, params, examples)
+        objective, numbers = make_objective(settings.loss, {"beta": 0.1} if settings.loss == "dpo" else {})
+        optimizer = make_optimizer(b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0)
+        state, model = _state(objective, optimizer, model, params, settings.reference)
+        answers = self.shape.answers
+        config = StepConfig(answers, "constant", 0, len(examples), settings.head_chunk)
+        self.function = make_train_step(model, objective, optimizer, config, self.parallel.axis)
+        self.model = model
+        self.step = self.parallel.train_step(self.function)
+        hyper = Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(1e-5))
+        self.hyper, self.state = self.parallel.replicate(hyper), self.parallel.replicate(state)
+        self.batches = [self._batch(batch) for batch in examples]
+
+    def arguments(self, step: int) -> tuple[Any, Any, Any]:
+        """What the step reads."""
+        return self.state, self.parallel.shard(PreferenceBatch(self.batches[step]), 1), self.hyper
+
+    def take(self, step: int) -> float:
+        """Takes a step; returns its loss."""
+        self.state, metrics = self.step(*self.arguments(step))
+        return self.parallel.unreplicate(metrics["loss"]).compute()
+
+    def _batch(self, examples: list[Example]) -> TokenBatch:
+        return self._lay_out(examples, self.rows)
+
+    def _lay_out(self, examples: list[Example], rows: int | None) -> TokenBatch:
+        batch = LAYOUTS[self.settings.layout](examples, self.shape)
+        return batch if rows is None else pad_rows(batch, rows)
+
+    def _with_stored_reference(self, model: Any, params: Params, batches: work.Batches) -> work.Batches:
+        """The same pairs with the reference's log-probabilities of their tokens, as a store gives them."""
+        plain = dataclasses.replace(self.shape, with_reference=False)
+        score = self.parallel.row_function(lambda p, b: target_scores(model, p, b, 512).logp, "reference")
+        on_device = self.parallel.replicate(params)
+        found = []
+        for examples in batches:
+            batch = pad_rows(LAYOUTS[self.settings.layout](examples, plain), self.rows)
+            values = split_targets(score(on_device, batch), batch, examples)
+            found.append([_with_values(e, v) for e, v in zip(examples, values, strict=True)])
+        return found
+
+
+def _blank(examples: list[Example]) -> list[Example]:
+    return [_with_values(e, tuple(np.zeros(len(a.tokens), np.float32) for a in e.answers)) for e in examples]
+
+
+def _with_values(example: Example, values: tuple[np.ndarray, ...]) -> Example:
+    pairs = zip(example.answers, values, strict=True)
+    return dataclasses.replace(example, answers=tuple(dataclasses.replace(a, reference=v) for a, v in pairs))
+
+
+def _state(objective: Any, optimizer: Any, model: Any, params: Params, reference: str) -> tuple[TrainState, Any]:
+    if reference == "lora":
+        model = lora.with_adapter(model, lora.Adapter(".*", rank=8, alpha=16.0))
+        shapes = lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))[1]
+        state = init_state(objective, optimizer, lora.fresh(shapes, seed=0), None)
+        return dataclasses.replace(state, reference=params), model
+    copy = jax.tree.map(np.array, params) if reference == "step" else None
+    return init_state(objective, optimizer, params, copy), model
+
+
+def matmul_rate(dtype: str) -> float:
+    """FLOP/s of this machine's best matrix product with fp32 results, of sizes as a model has them."""
+    best = 0.0
+    for m, k, n in ((768, 576, 1536), (1024, 1024, 1024), (512, 576, 8192)):
+        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+        product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+        jax.block_until_ready(product(a, b))
+        for _ in range(8):
+            begin = time.perf_counter()
+            jax.block_until_ready(product(a, b))
+            best = max(best, 2 * m * k * n / (time.perf_counter() - begin))
+    return best
+
+
+def peak_bytes() -> int:
+    """Most memory that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def serve(settings: Settings) -> None:
+    """Takes step after step, one for each line that comes in; ends when there are no more lines."""
+    if settings.cache:
+        jax.config.update("jax_compilation_cache_dir", settings.cache)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    begin = time.perf_counter()
+    worker = Worker(settings)
+    positions = [int(np.size(batch.tokens_RL)) for batch in worker.batches]
+    _say(load_seconds=time.perf_counter() - begin, positions=positions)
+    for line in sys.stdin:
+        if line.startswith("rate"):
+            _say(rate=matmul_rate(settings.dtype))
+            continue
+        begin, cpu = time.perf_counter(), time.process_time()
+        loss = worker.take(int(line))
+        _say(
+            seconds=time.perf_counter() - begin,
+            cpu_seconds=time.process_time() - cpu,
+            loss=loss,
+            peak_bytes=peak_bytes(),
+        )
+
+
+def _say(**numbers: Any) -> None:
+    print("@" + json.dumps(numbers), flush=True)
+
+
+if __name__ == "__main__":
+    serve(Settings(**json.loads(sys.argv[1])))

@@ -1,0 +1,248 @@
+"""How fast a training step is, beside TRL's, step by step in turns on the same pairs.
+
+    python -m experiments.speed.run --model=runs/smollm2/hf --data=harmless-base-test.jsonl.gz --out=runs/speed
+    python -m experiments.speed.run --model=small --tokenizer=runs/smollm2/hf --data=… --out=runs/speed_small
+
+Every variant is a process of its own. In each round, each of those alive takes one step on the round's pairs while the
+others wait, so that whatever else the machine does meets all of them alike. TRL gets a virtual environment in
+--out, or is taken from the one whose interpreter --trl_python names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from dpo_jax.convert.pretrained import open_pretrained, save_pretrained
+from dpo_jax.data.tokenizer import open_tokenizer
+from dpo_jax.models import init_params, make_model
+from experiments.speed import work
+from experiments.speed.table import markdown
+
+# What the Makefile sets too: without it, large buffers cost page faults at every step.
+MALLOC = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "10000000000",
+    "MALLOC_TOP_PAD_": "268435456",
+}
+TRL = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0")
+SMALL = dict(context_length=2048, width=256, layers=4, heads=4, mlp_width=768, tied_head=True)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to take the same steps.
+
+    Attributes:
+      name: in the table.
+      settings: of the worker.
+      passes: through the model that the work needs: policy forward 1 and backward 2, reference 1; None where the update
+        is another one (adapters).
+      peer: whether it is TRL's.
+      environment: variables of the process.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    passes: int | None
+    peer: bool = False
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def ours(layout: str, dtype: str, reference: str) -> Variant:
+    """One of our own variants."""
+    names = {"step": "", "store": ", stored reference", "lora": ", LoRA rank 8"}
+    passes = {"step": 4, "store": 3, "lora": None}[reference]
+    settings = {"layout": layout, "dtype": dtype, "reference": reference}
+    return Variant(f"{layout}{names[reference]}, {short(dtype)}", settings, passes, environment=MALLOC)
+
+
+def trl(bf16: bool, tuned: bool) -> Variant:
+    """TRL as it comes, or at its best (``trl_worker.py``)."""
+    name = f"TRL{' at its best' if tuned else ''}, {'bf16' if bf16 else 'fp32'}"
+    environment = MALLOC if tuned else {}
+    return Variant(name, {"bf16": bf16, "tuned": tuned}, 3 if tuned else 4, peer=True, environment=environment)
+
+
+def short(dtype: str) -> str:
+    return {"float32": "fp32", "bfloat16": "bf16"}[dtype]
+
+
+BASE = trl(bf16=False, tuned=False)
+VARIANTS = (
+    ours("packed", "float32", "step"),
+    trl(bf16=False, tuned=True),
+    ours("packed", "float32", "store"),
+    ours("packed", "bfloat16", "step"),
+    trl(bf16=True, tuned=False),
+    trl(bf16=True, tuned=True),
+    ours("packed", "bfloat16", "store"),
+    ours("shared_prefix", "float32", "step"),
+    ours("concatenated", "float32", "step"),
+    ours("packed", "float32", "lora"),
+)
+
+
+class Process:
+    """A worker: a process that takes a step when it is told to."""
+
+    def __init__(self, variant: Variant, common: dict[str, Any], trl_python: str, out: Path) -> None:
+        self.variant = variant
+        self.steps: list[dict[str, Any]] = []
+        self.rates: list[float] = []
+        settings = {**variant.settings, **{k: common[k] for k in ("model", "batches")}}
+        if variant.peer:
+            script = str(Path(__file__).with_name("trl_worker.py"))
+            command = [trl_python, script, json.dumps({**settings, "out": str(out / "trl")})]
+        else:
+            command = [sys.executable, "-m", "experiments.speed.ours", json.dumps({**common, **settings})]
+        log = open(out / "workers.log", "a", encoding="utf-8")  # noqa: SIM115 - as long as the process
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", **variant.environment}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+        )
+        self.ready = self._read()
+        logging.info("%s: ready, %s", variant.name, {k: v for k, v in self.ready.items() if k != "positions"})
+
+    def step(self, number: int) -> None:
+        self.steps.append(self._ask(str(number)))
+        logging.info("%s: step %d, %s", self.variant.name, number, self.steps[-1])
+
+    def rate(self) -> None:
+        self.rates.append(self._ask("rate")["rate"])
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+    def _ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise OSError(f"the worker of {self.variant.name} ended; workers.log says why")
+
+
+def measure(groups: Sequence[Sequence[Variant]], common: dict[str, Any], trl_python: str, out: Path) -> Iterator[Any]:
+    """Runs the groups one after the other; in each, the variants take turns. Yields a record for each variant.
+
+    A step that comes first in its process is not counted: memory is touched, and kernels are chosen there.
+    """
+    batches = work.load(Path(common["batches"]))
+    for number, group in enumerate(groups):
+        workers = [Process(variant, common, trl_python, out) for variant in group]
+        for step in range(len(batches)):
+            # Each round begins with another worker.
+            for worker in workers[step % len(workers) :] + workers[: step % len(workers)]:
+                worker.step(step)
+                worker.rate() if step + 1 < len(batches) else None
+        for worker in workers:
+            worker.end()
+            yield {
+                "group": number,
+                "name": worker.variant.name,
+                "peer": worker.variant.peer,
+                "dtype": "bf16" if "bf16" in worker.variant.name else "fp32",
+                "passes": worker.variant.passes,
+                "ready": worker.ready,
+                "steps": worker.steps,
+                "rate": max(worker.rates),
+            }
+
+
+def make_small(folder: Path, tokenizer_folder: str) -> None:
+    """A Llama of 16 M parameters with random weights, as a Hugging Face folder."""
+    tokenizer = open_tokenizer(Path(tokenizer_folder))
+    model = make_model("llama", {**SMALL, "vocab_size": len(tokenizer)})
+    folder.mkdir(parents=True, exist_ok=True)
+    params = jax.tree.map(jax.device_get, init_params(model, jax.random.key(0)))
+    save_pretrained(folder, model, params, token_ids={"eos_token_id": tokenizer.eos_token_id})
+    tokenizer.save_pretrained(folder)
+
+
+def trl_environment(folder: Path) -> str:
+    """A virtual environment with TRL; returns its interpreter."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        logging.info("Installing %s into %s", ", ".join(TRL), folder)
+        venv.create(folder, with_pip=True)
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *TRL], check=True)
+    return str(python)
+
+
+def main(_: Sequence[str]) -> None:
+    """Measures, and writes numbers and table."""
+    options = flags.FLAGS
+    out = Path(options.out).absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    model = options.model
+    if model == "small":
+        model = str(out / "model")
+        make_small(Path(model), options.tokenizer)
+    batches = work.read_batches(
+        options.data, options.tokenizer or model, positions=options.positions, steps=options.steps + 1
+    )
+    work.save(batches, out / "batches.json")
+    common = {
+        "model": model,
+        "batches": str(out / "batches.json"),
+        "row_length": options.row_length,
+        "remat": options.remat,
+        "head_chunk": options.head_chunk,
+    }
+    chosen = [v for v in VARIANTS if any(word in v.name for word in options.only)] if options.only else VARIANTS
+    groups = [[BASE, *chosen[i : i + options.together - 1]] for i in range(0, len(chosen), options.together - 1)]
+    if options.no_trl:
+        groups = [[v for v in chosen if not v.peer]]
+    trl_python = "" if options.no_trl else options.trl_python or trl_environment(out / "trl_environment")
+    config = open_pretrained(model).model().config
+    useful = {
+        "pairs": [len(batch) for batch in batches],
+        "tokens": [work.tokens(batch) for batch in batches],
+        "flops": [work.needed_flops(config, batch, passes=1) for batch in batches],
+    }
+    result: dict[str, Any] = {"model": Path(options.model).name, "useful": useful, "load": [os.getloadavg()]}
+    result["variants"] = []
+    for record in measure(groups, common, trl_python, out):
+        result["variants"].append(record)
+        result["load"].append(os.getloadavg())
+        (out / "speed.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
+    print(markdown(result))
+    (out / "speed.md").write_text(markdown(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string(
+        "model", None, "Hugging Face folder of a Llama; small makes one of 16 M parameters", required=True
+    )
+    flags.DEFINE_string("tokenizer", None, "folder of the tokenizer; None is the model's")
+    flags.DEFINE_string("data", None, "preference pairs", required=True)
+    flags.DEFINE_string("out", None, "where results and scratch files go", required=True)
+    flags.DEFINE_string("trl_python", None, "interpreter with TRL; None makes a virtual environment in --out")
+    flags.DEFINE_integer("steps", 6, "steps that count, after the first")
+    flags.DEFINE_integer("positions", 768, "positions of a step's pairs, prompts laid once: about 4 pairs")
+    flags.DEFINE_integer("row_length", 768, "positions of a packed row")
+    flags.DEFINE_integer("head_chunk", 512, "targets whose logits exist at a time")
+    flags.DEFINE_string("remat", "none", "what layers keep for the backward pass")
+    flags.DEFINE_integer("together", 3, "processes alive at a time; memory is what limits it")
+    flags.DEFINE_list("only", None, "parts of the names of the variants to measure; None is all")
+    flags.DEFINE_bool("no_trl", False, "measure our own variants only")
+    app.run(main)

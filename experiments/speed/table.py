@@ -1,0 +1,70 @@
+"""The table of a measurement, from what run.py wrote.
+
+python -m experiments.speed.table runs/speed/speed.json
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}  # of losses, nats; TRL logs four digits
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """One line a variant; ratios are to TRL as it comes, alive at the same time."""
+    variants, useful = result["variants"], result["useful"]
+    limits = {d: max((v["rate"] for v in variants if v["dtype"] == d), default=0.0) for d in ("fp32", "bf16")}
+    base = {v["group"]: v for v in variants if v["name"] == "TRL, fp32"}
+    count = len(useful["pairs"]) - 1
+    positions_limit = ", ".join(f"{d} {rate / 1e9:.0f} GFLOP/s" for d, rate in limits.items() if rate)
+    loads = [load[0] for load in result["load"]]
+    lines = [
+        f"{result['model']}: {count} steps, {sum(useful['pairs'][1:])} pairs, {sum(useful['tokens'][1:])} useful "
+        f"tokens; matrix products at best {positions_limit}; load of the machine {min(loads):.1f} to {max(loads):.1f}.",
+        "",
+        "| variant | pairs/s | useful tokens/s | × TRL | × TRL, processor time | positions per useful token | share of "
+        "the limit | peak memory, GiB | first step, s more | losses as TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for v in variants:
+        seconds, cpu = (sum(step[key] for step in v["steps"][1:]) for key in ("seconds", "cpu_seconds"))
+        peer = base.get(v["group"])
+        ratios = ["–", "–"]
+        if peer is not None:
+            ratios = [
+                f"{sum(s[key] for s in peer['steps'][1:]) / own:.2f}"
+                for key, own in (("seconds", seconds), ("cpu_seconds", cpu))
+            ]
+        share = "–"
+        if v["passes"] is not None:
+            share = f"{100 * v['passes'] * sum(useful['flops'][1:]) / seconds / limits[v['dtype']]:.0f} %"
+        row = [
+            v["name"],
+            f"{sum(useful['pairs'][1:]) / seconds:.3f}",
+            f"{sum(useful['tokens'][1:]) / seconds:.0f}",
+            *ratios,
+            f"{sum(v['ready']['positions'][1:]) / sum(useful['tokens'][1:]):.2f}",
+            share,
+            f"{v['steps'][-1]['peak_bytes'] / 2**30:.2f}",
+            f"{v['steps'][0]['seconds'] - seconds / count:.1f}",
+            agreement(v, peer),
+        ]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def agreement(variant: dict[str, Any], peer: dict[str, Any] | None) -> str:
+    """How far the losses are from TRL's at the same step; a row whose losses differ does not count."""
+    if peer is None:
+        return "–"
+    # Adapters make another update: they agree at the first step alone.
+    steps = slice(0, 1 if variant["passes"] is None else None)
+    off = max(abs(a["loss"] - b["loss"]) for a, b in zip(variant["steps"][steps], peer["steps"][steps], strict=True))
+    return f"{off:.0e}" if off <= TOLERANCE[variant["dtype"]] else f"NO: {off:.0e}, the row does not count"
+
+
+if __name__ == "__main__":
+    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

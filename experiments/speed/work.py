@@ -1,0 +1,135 @@
+"""The work that is measured: batches of real pairs as token ids, and how many FLOPs they cannot do without."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dpo_jax.data.encode import Encoded, Encoder, Encoding
+from dpo_jax.data.example import Answer, Example
+from dpo_jax.data.files import find_files
+from dpo_jax.data.formats import parse_row
+from dpo_jax.data.layouts import Shape
+from dpo_jax.data.preparation import Reader
+from dpo_jax.data.tokenizer import open_tokenizer
+from dpo_jax.models.config import DecoderConfig
+from dpo_jax.types import CHOSEN, REJECTED
+
+LONGEST = 512  # tokens of a prompt with one of its answers; longer pairs are left out, for truncation is not measured
+
+Batches = list[list[Example]]
+
+
+def read_batches(data: str, tokenizer: str, *, positions: int, steps: int) -> Batches:
+    """Consecutive pairs of a file, in batches that end where the next pair does not fit.
+
+    Args:
+      data: a file of preferences.
+      tokenizer: folder of a tokenizer.
+      positions: of a batch, a pair taking those of its prompt once and of both answers.
+      steps: batches wanted.
+
+    Raises:
+      ValueError: the file has fewer.
+    """
+    records = (record for _, record in Reader("skip", 1.0).records(find_files(data), parse_row))
+    encoder = Encoder(open_tokenizer(Path(tokenizer)), Encoding(LONGEST, LONGEST))
+    batches: Batches = [[]]
+    for chunk in iter(lambda: list(itertools.islice(records, 64)), []):
+        encoded = [item for item in encoder.encode(chunk) if isinstance(item, Encoded)]
+        for example in (example for item in encoded for example in item.examples):
+            if longest(example) > LONGEST or places(example) > positions:
+                continue
+            if sum(map(places, batches[-1])) + places(example) > positions:
+                batches.append([])
+            batches[-1].append(example)
+        if len(batches) > steps:
+            return batches[:steps]
+    raise ValueError(f"{data} has pairs for {len(batches) - 1} steps of {positions} positions; {steps} were asked for")
+
+
+def longest(example: Example) -> int:
+    """Tokens of the prompt with the longer answer."""
+    return len(example.prompt) + max(len(answer.tokens) for answer in example.answers)
+
+
+def places(example: Example) -> int:
+    """Positions that a pair takes where its prompt is laid once."""
+    return len(example.prompt) + sum(len(answer.tokens) - 1 for answer in example.answers)
+
+
+def tokens(batch: Sequence[Example]) -> int:
+    """Useful tokens as other trainers count them: each answer with its own prompt."""
+    return sum(len(e.prompt) + len(a.tokens) for e in batch for a in e.answers)
+
+
+def shape_of(batches: Batches, *, row_length: int, with_reference: bool) -> Shape:
+    """The smallest that all pairs fit into, rounded up to multiples of 32 tokens."""
+    examples = list(itertools.chain(*batches))
+    prompt = max(len(e.prompt) for e in examples)
+    answer = max(len(a.tokens) for e in examples for a in e.answers)
+    return Shape(
+        2,
+        prompt_length=-(-prompt // 32) * 32,
+        answer_length=-(-answer // 32) * 32,
+        row_length=row_length,
+        row_examples=max(map(len, batches)),
+        with_reference=with_reference,
+    )
+
+
+def save(batches: Batches, path: Path) -> None:
+    """Writes token ids as JSON: all that a worker needs, in whichever framework."""
+    pairs = [
+        [{"prompt": e.prompt.tolist(), "answers": [a.tokens.tolist() for a in e.answers]} for e in batch]
+        for batch in batches
+    ]
+    path.write_text(json.dumps(pairs), encoding="utf-8")
+
+
+def load(path: Path) -> Batches:
+    """What :func:`save` wrote."""
+    ids = itertools.count()
+    return [[_example(next(ids), pair) for pair in batch] for batch in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def _example(uid: int, pair: dict[str, Any]) -> Example:
+    answers = (np.array(tokens, np.int32) for tokens in pair["answers"])
+    chosen, rejected = (
+        Answer(tokens, np.ones(len(tokens), np.float32), role)
+        for tokens, role in zip(answers, (CHOSEN, REJECTED), strict=True)
+    )
+    return Example(uid, np.array(pair["prompt"], np.int32), (chosen, rejected))
+
+
+def needed_flops(config: DecoderConfig, batch: Iterable[Example], *, passes: int) -> float:
+    """FLOPs of the matrix products that useful tokens need.
+
+    Each position of a prompt once and of both answers passes through the layers, attends to what it sees and no more,
+    and the head is applied where an answer's token is predicted: 2 FLOPs for a weight and a position, and
+    4·H·E for a query and a key.
+
+    Args:
+      config: of a model with a gated MLP.
+      batch: pairs.
+      passes: 1 for a forward pass, 2 for a backward pass: 4 with a reference in the step, 3 without.
+    """
+    c = config
+    attention = c.width * c.size * (2 * c.heads + 2 * c.key_heads)
+    layer = attention + 3 * c.width * c.mlp_width
+    total = 0.0
+    for example in batch:
+        prompt, answers = len(example.prompt), [len(answer.tokens) - 1 for answer in example.answers]
+        seen = _triangle(prompt) + sum(_triangle(prompt + n) - _triangle(prompt) for n in answers)
+        total += c.layers * (2 * layer * places(example) + 4 * c.heads * c.size * seen)
+        total += 2 * c.vocab_size * c.width * sum(n + 1 for n in answers)
+    return passes * total
+
+
+def _triangle(n: int) -> int:
+    return n * (n + 1) // 2
