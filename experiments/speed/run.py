@@ -107,11 +107,11 @@ class Process:
             command = [trl_python, script, json.dumps({**settings, "out": str(out / "trl")})]
         else:
             command = [sys.executable, "-m", "experiments.speed.ours", json.dumps({**common, **settings})]
-        log = open(out / "workers.log", "a", encoding="utf-8")  # noqa: SIM115 - as long as the process
         environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", **variant.environment}
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-        )
+        with open(out / "workers.log", "a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
+            )
         self.ready = self._read()
         logging.info("%s: ready, %s", variant.name, {k: v for k, v in self.ready.items() if k != "positions"})
 
@@ -126,6 +126,8 @@ class Process:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait(timeout=60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
 
     def _ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None

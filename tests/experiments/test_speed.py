@@ -1,0 +1,91 @@
+"""What the speed benchmark rests on: the same work in every variant, counted right; nothing here is timed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dpo_jax.convert.pretrained import save_pretrained
+from dpo_jax.data.layouts import Shape
+from dpo_jax.models import init_params, make_model
+from experiments.speed import run, work
+from experiments.speed.flops import dot_flops, largest_array
+from experiments.speed.ours import Settings, Worker
+from experiments.speed.table import agreement, markdown
+from tests.tiny import VOCAB, random_examples
+
+SIZES = dict(vocab_size=VOCAB, context_length=64, width=16, layers=2, heads=4, kv_heads=2, mlp_width=24)
+ROW, CHUNK = 64, 8
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """A tiny Llama, and two steps of pairs."""
+    folder = tmp_path_factory.mktemp("speed")
+    model = make_model("llama", {**SIZES, "tied_head": True})
+    params = jax.tree.map(np.asarray, init_params(model, jax.random.key(0)))
+    save_pretrained(folder, model, params, token_ids={"eos_token_id": 0})
+    examples = random_examples(4, Shape(2, prompt_length=10, answer_length=6))
+    work.save([examples[:2], examples[2:]], folder / "batches.json")
+    return dict(model=str(folder), batches=str(folder / "batches.json"), row_length=ROW, head_chunk=CHUNK)
+
+
+@pytest.fixture(scope="module")
+def worker(common: dict[str, object]) -> Worker:
+    return Worker(Settings(**common))  # type: ignore[arg-type]
+
+
+def test_a_step_does_the_products_that_the_formula_counts(worker: Worker) -> None:
+    state, batch, hyper = jax.tree.map(lambda a: a[0], worker.arguments(0))
+    trips = -(-int((batch.answers.weight_RM > 0).sum()) // CHUNK)
+    step = worker.function
+    jaxpr = jax.make_jaxpr(step, axis_env=[(worker.parallel.axis.name, 1)])(state, batch, hyper).jaxpr
+    width, layers, mlp, heads, groups, size = 16, 2, 24, 4, 2, 4
+    matrices = width * size * (2 * heads + 2 * groups) + 3 * width * mlp
+    body = layers * (2 * matrices * ROW + 4 * heads * size * ROW**2)
+    chunk = -(-len(batch.answers.target_RM[0, 0]) // -(-len(batch.answers.target_RM[0, 0]) // CHUNK))
+    head = 2 * VOCAB * width * chunk * trips
+    # Policy forward, reference, and twice as much backward; the head's logits are computed once more there.
+    assert dot_flops(jaxpr, trips) == 4 * body + 5 * head
+    # What attention keeps for the backward pass; nothing grows with targets × vocabulary.
+    assert largest_array(jaxpr) == layers * heads * ROW**2
+
+
+def test_all_positions_in_use_need_what_the_formula_says(worker: Worker) -> None:
+    (example,) = random_examples(1, Shape(2, prompt_length=10, answer_length=6))
+    p, (a, b) = len(example.prompt), (len(x.tokens) for x in example.answers)
+    matrices = 16 * 4 * 12 + 3 * 16 * 24
+    keys = sum(range(1, p + 1)) + sum(range(p + 1, p + a)) + sum(range(p + 1, p + b))
+    needed = 2 * (2 * matrices * (p + a + b - 2) + 4 * 16 * keys) + 2 * VOCAB * 16 * (a + b)
+    assert work.needed_flops(worker.model.config, [example], passes=1) == needed
+    assert work.tokens([example]) == 2 * p + a + b
+
+
+def test_variants_take_the_same_steps_and_are_traced_once(common: dict[str, object], worker: Worker) -> None:
+    expected = [worker.take(step) for step in (0, 1)]
+    assert expected[0] == pytest.approx(np.log(2), abs=1e-6) and expected[1] != expected[0]
+    assert worker.parallel.traces == {"train_step": 1}
+    stored = Worker(Settings(**common, layout="shared_prefix", reference="store"))  # type: ignore[arg-type]
+    assert stored.state.reference is None
+    # Sums in another order, and an Adam step of 1e-5 on what they give.
+    assert [stored.take(step) for step in (0, 1)] == pytest.approx(expected, abs=2e-6)
+
+
+def test_workers_take_turns_and_make_a_table(common: dict[str, object], tmp_path: Path) -> None:
+    variant = run.ours("packed", "float32", "step")
+    (record,) = run.measure([[variant]], common, "", tmp_path)
+    assert record["steps"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    batches = work.load(Path(str(common["batches"])))
+    useful = {"pairs": [2, 2], "tokens": list(map(work.tokens, batches)), "flops": [1.0, 1.0]}
+    result = json.loads(json.dumps({"model": "tiny", "useful": useful, "load": [[1.0]], "variants": [record]}))
+    assert "| packed, fp32 |" in markdown(result)
+
+
+def test_a_row_with_other_losses_does_not_count() -> None:
+    row = {"dtype": "fp32", "passes": 4, "steps": [{"loss": 0.7}]}
+    assert agreement(row, {"steps": [{"loss": 0.7001}]}) == "1e-04"
+    assert "does not count" in agreement(row, {"steps": [{"loss": 0.71}]})
