@@ -210,7 +210,7 @@ def main(_: Sequence[str]) -> None:
         "remat": options.remat,
         "head_chunk": options.head_chunk,
     }
-    chosen = [v for v in VARIANTS if any(word in v.name for word in options.only)] if options.only else VARIANTS
+    chosen = [v for v in VARIANTS if not options.only or v.name in options.only]
     groups = [[BASE, *chosen[i : i + options.together - 1]] for i in range(0, len(chosen), options.together - 1)]
     if options.no_trl:
         groups = [[v for v in chosen if not v.peer]]
@@ -221,7 +221,7 @@ def main(_: Sequence[str]) -> None:
         "tokens": [work.tokens(batch) for batch in batches],
         "flops": [work.needed_flops(config, batch, passes=1) for batch in batches],
     }
-    result: dict[str, Any] = {"model": Path(options.model).name, "useful": useful, "load": [os.getloadavg()]}
+    result: dict[str, Any] = {"model": options.name, "useful": useful, "load": [os.getloadavg()]}
     result["variants"] = []
     for record in measure(groups, common, trl_python, out):
         result["variants"].append(record)
@@ -239,12 +239,13 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "preference pairs", required=True)
     flags.DEFINE_string("out", None, "where results and scratch files go", required=True)
     flags.DEFINE_string("trl_python", None, "interpreter with TRL; None makes a virtual environment in --out")
+    flags.DEFINE_string("name", "model", "of the model, in the table")
     flags.DEFINE_integer("steps", 6, "steps that count, after the first")
     flags.DEFINE_integer("positions", 768, "positions of a step's pairs, prompts laid once: about 4 pairs")
     flags.DEFINE_integer("row_length", 768, "positions of a packed row")
     flags.DEFINE_integer("head_chunk", 512, "targets whose logits exist at a time")
     flags.DEFINE_string("remat", "none", "what layers keep for the backward pass")
     flags.DEFINE_integer("together", 3, "processes alive at a time; memory is what limits it")
-    flags.DEFINE_list("only", None, "parts of the names of the variants to measure; None is all")
+    flags.DEFINE_multi_string("only", [], "name of a variant to measure; all, where it is not given")
     flags.DEFINE_bool("no_trl", False, "measure our own variants only")
     app.run(main)
