@@ -22,7 +22,7 @@ MALLOC := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=100000000
 help:
 	@echo 'make demo     from raw IMDb reviews to a DPO-trained policy, into runs/imdb'
 	@echo 'make test     the tests; ARGS=tests/test_metrics.py runs one file'
-	@echo 'make lint     ruff and mypy'
+	@echo 'make lint     ruff, mypy and shellcheck'
 	@echo 'make format   mends what ruff can mend'
 	@echo 'make lock     resolves requirements*.txt anew and writes requirements.lock'
 	@echo 'make clean    removes .venv and caches; runs/ stays'
@@ -39,6 +39,7 @@ lint: $(STAMP)
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) mypy
+	$(VENV)/bin/shellcheck --external-sources experiments/tpu/*.sh .ci/*
 
 format: $(STAMP)
 	$(RUN) ruff check --fix .
