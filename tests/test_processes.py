@@ -1,4 +1,4 @@
-"""Several processes: flags that fit together, and a run of two that is killed and ends as one process would have."""
+"""Several processes: flags that fit together, and a run of two that is stopped, killed and ends as one would have."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dpo_jax import processes, train
 from dpo_jax.checkpoint import steps_in
+from dpo_jax.stopping import EXIT_CODE
 from tests import tiny_run
 
 CHANGES = {"train.steps": 60, "train.micro_batches": 1, "data.batch_size": 16, "checkpoint.every": 5}
@@ -41,28 +43,48 @@ def test_one_process_is_the_first_and_waits_for_none() -> None:
         processes.meet("there")
 
 
-def test_two_processes_are_killed_and_one_ends_their_run_over_a_mesh(tmp_path: Path) -> None:
-    """Trained by pmap over 2 × 4 devices, ended by one process on fsdp 4 × tensor 2."""
+def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: Path) -> None:
+    """Stopped while trained by pmap over 2 × 4 devices, killed on a mesh over them, ended by one process on another."""
     tiny_run.write_data(tmp_path / "data")
-    killed, whole = tmp_path / "killed", tmp_path / "whole"
-    pair = _start_two(tiny_run.write_config(tmp_path / "config.py", tmp_path / "data", **CHANGES), killed)
+    folder, whole = tmp_path / "stopped", tmp_path / "whole"
+    pair = _start_two(tiny_run.write_config(tmp_path / "pmap.py", tmp_path / "data", **CHANGES), folder)
     expected = train.run(tiny_run.make_config(tmp_path / "data", **CHANGES), whole)
-    deadline = time.monotonic() + 240
-    while not steps_in(killed / "checkpoints") and time.monotonic() < deadline:
-        assert all(process.poll() is None for process in pair), [process.communicate()[1] for process in pair]
-        time.sleep(0.01)
+    _wait_for_checkpoint(folder, pair, after=0)
+    pair[1].send_signal(signal.SIGTERM)  # one is told, both stop
+    said = [process.communicate(timeout=240)[1] for process in pair]
+    assert [process.returncode for process in pair] == [EXIT_CODE] * 2, said
+    stopped = steps_in(folder / "checkpoints")[-1]
+    assert 5 <= stopped < 40
+    assert all(f"Stopped after step {stopped} of 60; the same command goes on." in text for text in said)
+    assert ["SIGTERM: saving after this step" in text for text in said] == [False, True]
+
+    mesh = tiny_run.write_config(tmp_path / "mesh.py", tmp_path / "data", **CHANGES, **_mesh(fsdp=2, tensor=2))
+    pair = _start_two(mesh, folder)
+    _wait_for_checkpoint(folder, pair, after=stopped)
     for process in pair:
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    assert 5 <= max(steps_in(killed / "checkpoints")) < 60
-    mesh = {"parallel.mode": "mesh", "parallel.fsdp": 4, "parallel.tensor": 2}
-    got = train.run(tiny_run.make_config(tmp_path / "data", **CHANGES, **mesh), killed)
+    assert stopped < steps_in(folder / "checkpoints")[-1] < 60
+
+    got = train.run(tiny_run.make_config(tmp_path / "data", **CHANGES, **_mesh(fsdp=4, tensor=2)), folder)
     # fp32 sums in another order, through sixty steps.
     assert got == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
-    lines = [_lines(folder) for folder in (killed, whole)]
+    lines = [_lines(run) for run in (folder, whole)]
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     losses = [[line["train/loss"] for line in run if "train/loss" in line] for run in lines]
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
+
+
+def _mesh(**axes: int) -> dict[str, Any]:
+    return {"parallel.mode": "mesh"} | {f"parallel.{name}": size for name, size in axes.items()}
+
+
+def _wait_for_checkpoint(workdir: Path, pair: list[subprocess.Popen[str]], *, after: int) -> None:
+    """Until a step after this one is saved."""
+    deadline = time.monotonic() + 240
+    while max(steps_in(workdir / "checkpoints"), default=0) <= after and time.monotonic() < deadline:
+        assert all(process.poll() is None for process in pair), [process.communicate()[1] for process in pair]
+        time.sleep(0.01)
 
 
 def _start_two(config: Path, workdir: Path) -> list[subprocess.Popen[str]]:
