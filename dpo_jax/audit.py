@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import app, flags
 
+from dpo_jax import buckets
 from dpo_jax.data.checks import CHECKS, Case, Finding
 from dpo_jax.data.checks.case import share
 from dpo_jax.data.checks.lengths import truncation
@@ -206,7 +207,7 @@ def run(
       ValueError: there is nothing to read.
       OSError: a file cannot be read, or the results not be written.
     """
-    folder = Path(workdir)
+    folder = buckets.local(workdir, "the workdir of an audit")
     downloads = folder / "downloads"
     reading = read(data, downloads)
     other = None if held_out is None else read(held_out, downloads, "eval")

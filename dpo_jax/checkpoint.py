@@ -70,16 +70,24 @@ class Checkpoints:
       workdir: the run's folder.
       retention: which checkpoints stay.
       writes: whether this process, of those of the run, is the one that writes; the others only read.
+      then: called in the background when a checkpoint is on the disk.
 
     Attributes:
       folder: where they lie.
       blocked: seconds that ``save`` and ``wait`` have kept the run waiting.
     """
 
-    def __init__(self, workdir: Path, retention: Retention = Retention(), *, writes: bool = True) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        retention: Retention = Retention(),
+        *,
+        writes: bool = True,
+        then: Callable[[], None] = lambda: None,
+    ) -> None:
         self.folder = Path(workdir).absolute() / FOLDER
         self.blocked = 0.0
-        self._retention, self._writes = retention, writes
+        self._retention, self._writes, self._then = retention, writes, then
         with _explained(f"cannot write to {self.folder}"):
             self.folder.mkdir(parents=True, exist_ok=True)
         for pattern in (f"{_INCOMPLETE}*", f"{_REMOVED}*") if writes else ():
@@ -193,6 +201,7 @@ class Checkpoints:
                 raise
         self._scores[step] = meta["score"]
         self._remove_old()
+        self._then()
 
     def _remove_old(self) -> None:
         for step in set(self._scores) - self._retention.kept(self._scores):

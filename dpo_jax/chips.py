@@ -45,6 +45,24 @@ CHIPS = {
 }
 
 
+# What jax calls them.
+_DEVICE_KINDS = {
+    "TPU v4": "v4",
+    "TPU v5 lite": "v5e",
+    "TPU v5e": "v5e",
+    "TPU v5": "v5p",
+    "TPU v5p": "v5p",
+    "TPU v6 lite": "v6e",
+    "TPU v6e": "v6e",
+}
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """FLOP/s of bf16 products of all devices together; None where they are not known."""
+    kinds = [_DEVICE_KINDS.get(device.device_kind) for device in devices]
+    return None if None in kinds else sum(CHIPS[kind].flops for kind in kinds if kind)
+
+
 def parse(topology: str) -> tuple[Chip, str]:
     """The chip of ``v5e:4x4`` and the name of its kind.
 

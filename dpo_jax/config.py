@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dpo_jax import buckets
 from dpo_jax.data.layouts import LAYOUTS
 from dpo_jax.lora import Adapter
 from dpo_jax.losses.objective import Objective, make_objective
@@ -294,6 +295,8 @@ def _check(c: Config) -> None:
             f"config.model: unroll {c.model.unroll} must divide layers {c.model.layers}, and heads {c.model.heads} "
             f"must divide width {c.model.width}"
         )
+    buckets.local(c.data.dir, "config.data.dir")
+    buckets.local(c.reference.store or "", "config.reference.store")
     longest = c.data.prompt_length + c.data.answer_length
     if c.init.hf is None and longest > c.model.context_length:
         raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from absl import logging
 
+from dpo_jax import buckets
 from dpo_jax.config import Config, to_json
 from dpo_jax.convert.peft import write_adapters
 from dpo_jax.convert.pretrained import save_pretrained
@@ -117,9 +118,10 @@ if __name__ == "__main__":
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
         with user_errors():
+            workdir, out = buckets.fetched(f.workdir), buckets.local(f.out, "--out")
             if f.adapter:
-                export_adapter(Path(f.workdir), Path(f.out), dtype=f.dtype)
+                export_adapter(workdir, out, dtype=f.dtype)
                 return
-            export(Path(f.workdir), Path(f.out), dtype=f.dtype, shard_bytes=int(f.shard_gb * 1e9))
+            export(workdir, out, dtype=f.dtype, shard_bytes=int(f.shard_gb * 1e9))
 
     app.run(_main)

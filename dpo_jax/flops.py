@@ -6,9 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.trees import named_leaves
-from dpo_jax.types import Params
+from dpo_jax.types import Params, PreferenceBatch, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,33 @@ def forward(config: DecoderConfig, params: Params, length: int, targets: int) ->
         attention=4.0 * config.layers * length**2 * config.heads * config.size,
         head=2.0 * targets * config.vocab_size * config.width,
     )
+
+
+def useful_flops(
+    config: DecoderConfig, params: Params, batch: PreferenceBatch, *, reference: bool, full: bool = True
+) -> float:
+    """Counts what the mathematics of a step asks for on the tokens of a batch, not on its padding.
+
+    Args:
+      config: of the model.
+      params: its parameters without adapters, or their shapes.
+      batch: on the host.
+      reference: whether the reference is scored too.
+      full: whether all parameters are trained; the backward pass of adapters has no products with activations for the
+        base.
+    """
+    trained = _useful_forward(config, params, batch.answers) * ((3 if full else 2) + reference)
+    # Mismatched answers are scored, and not trained on.
+    only_scored = 0.0 if batch.mismatched is None else _useful_forward(config, params, batch.mismatched)
+    return trained + only_scored * (1 + reference)
+
+
+def _useful_forward(config: DecoderConfig, params: Params, rows: TokenBatch) -> float:
+    real = np.asarray(rows.group_RL) != 0
+    one = forward(config, params, 1, 1)
+    # A token attends to all of its own sequence up to itself: to position + 1 keys, of which ``one`` has counted one.
+    keys = np.sum(np.asarray(rows.position_RL) + 1, where=real, dtype=np.float64)
+    return one.body * np.count_nonzero(real) + one.attention * keys + one.head * np.count_nonzero(rows.weight_RM)
 
 
 def step_work(config: DecoderConfig, params: Params, batch: Any, *, reference: bool, scored_twice: bool) -> Work:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from absl import logging
 
 from dpo_jax import metrics as metrics_lib
 from dpo_jax.guards import SKIPPED, Watch
+from dpo_jax.meter import Meter
 from dpo_jax.writers import Writer
 
 KINDS = {kind.__name__: kind for kind in (metrics_lib.Ratio, metrics_lib.Total, metrics_lib.Correlation)}
@@ -26,11 +26,12 @@ class Logbook:
       fetch: brings metrics from the devices.
       every: steps between two lines.
       last: the run's last step, which has a line in any case.
-      examples: in a batch.
       watch: warns of odd numbers.
+      meter: knows how fast it goes.
       durations: gives seconds by name, to be written beside the rates.
 
     Attributes:
+      meter: the same; whoever takes batches takes them through it.
       latest: the last number of every metric, and its step.
       skipped: steps that were not finite.
     """
@@ -42,19 +43,18 @@ class Logbook:
         *,
         every: int,
         last: int,
-        examples: int,
         watch: Watch,
+        meter: Meter,
         durations: Callable[[], Mapping[str, float]] = dict,
     ) -> None:
         self._writer, self._fetch, self._watch = writer, fetch, watch
         self._durations = durations
-        self._every, self._last, self._examples = every, last, examples
+        self._every, self._last, self.meter = every, last, meter
         self._pending: tuple[int, Any] | None = None
         self._window: metrics_lib.Metrics | None = None
         self._tokens = 0.0
         self.latest: dict[str, float] = {}
         self.skipped = 0
-        self._clock = _Clock()
 
     def memory(self) -> dict[str, Any]:
         """What a run that goes on from here must know to write the lines that this one would have; JSON values."""
@@ -88,7 +88,7 @@ class Logbook:
         tokens = metrics["tokens"].compute()
         self.skipped += int(metrics[SKIPPED].compute())
         self._tokens += tokens
-        self._clock.count(tokens, self._examples)
+        self.meter.end(tokens)
         self._window = metrics if self._window is None else metrics_lib.merge(self._window, metrics)
         numbers = metrics_lib.compute(metrics)
         if step == 1:
@@ -111,19 +111,19 @@ class Logbook:
         try:
             yield
         finally:
-            self._clock.restart()
+            self.meter.restart()
 
     def report(self) -> None:
         """Says how fast it went."""
-        for name, rate in self._clock.rates().items():
-            logging.info("%s: %.0f", name.replace("_", " "), rate)
+        for name, rate in self.meter.total().items():
+            logging.info("%s: %.3g", name.replace("_", " "), rate)
 
     def _write_window(self, step: int) -> None:
         numbers = metrics_lib.compute(self._window or {})
         self._window = None
         self._write(step, {**numbers, "tokens": self._tokens, SKIPPED: self.skipped}, "train")
         self._warn(self._watch.look(step, numbers))
-        self._writer.write_timings(step, {**self._clock.rates(), **self._durations()})
+        self._writer.write_timings(step, {**self.meter.window(), **self._durations()})
 
     def _write(self, step: int, numbers: Mapping[str, float], prefix: str) -> None:
         self._writer.write(step, numbers, prefix)
@@ -133,34 +133,6 @@ class Logbook:
     def _warn(sentences: Iterator[str]) -> None:
         for sentence in sentences:
             logging.warning("Warning: %s.", sentence)
-
-
-class _Clock:
-    """Rates over the time spent training: without compilation (the first step) and without evaluation."""
-
-    def __init__(self) -> None:
-        self._tokens = self._examples = 0.0
-        self._seconds = 0.0
-        self._since: float | None = None
-
-    def count(self, tokens: float, examples: int) -> None:
-        now = time.monotonic()
-        if self._since is not None:
-            self._seconds += now - self._since
-            self._tokens, self._examples = self._tokens + tokens, self._examples + examples
-        self._since = now
-
-    def restart(self) -> None:
-        if self._since is not None:
-            self._since = time.monotonic()
-
-    def rates(self) -> dict[str, float]:
-        if not self._seconds:
-            return {}
-        return {
-            "tokens_per_second": self._tokens / self._seconds,
-            "examples_per_second": self._examples / self._seconds,
-        }
 
 
 def _to_json(metric: Any) -> list[Any]:

@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dpo_jax import processes
+from dpo_jax import buckets, processes
 from dpo_jax.config import from_config_dict
 
 _KEYS = """Any key of the config can be changed: --config.loss.name=ipo --config.optim.learning_rate=1e-4.
@@ -29,6 +29,7 @@ def main(
     example: str,
     tools: Mapping[str, tuple[str, Callable[[Path], Any]]] | None = None,
     options: Mapping[str, str] | None = None,
+    switches: Mapping[str, str] | None = None,
 ) -> None:
     """Parses the command line and runs a program of (config, workdir), or of (config, **options).
 
@@ -38,11 +39,13 @@ def main(
       example: a command that runs it.
       tools: what the program can do instead with one path: flag → (its help, the function).
       options: flags of a program that needs no workdir, each with its help; one that is not set is None.
+      switches: flags that are set or not, each with its help, of a program of (config, workdir, **switches).
     """
     tools = tools or {}
     own = {name: flags.DEFINE_string(name, None, text) for name, text in (options or {}).items()}
+    turned = {name: flags.DEFINE_bool(name, False, text) for name, text in (switches or {}).items()}
     config = config_flags.DEFINE_config_file("config", None, "file of the experiment, such as configs/imdb_dpo.py")
-    workdir = flags.DEFINE_string("workdir", None, "folder of this run: made when new, continued when not")
+    workdir = flags.DEFINE_string("workdir", None, "folder of this run, local or gs://: made when new, else continued")
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes; not on TPUs")
     count = flags.DEFINE_integer("num_processes", None, "how many processes the run has", lower_bound=1)
     index = flags.DEFINE_integer("process_id", None, "number of this process, from 0", lower_bound=0)
@@ -51,7 +54,7 @@ def main(
     def start() -> None:
         chosen = [name for name, flag in paths.items() if flag.value is not None]
         if chosen:
-            tools[chosen[0]][1](Path(paths[chosen[0]].value or ""))
+            tools[chosen[0]][1](buckets.fetched(paths[chosen[0]].value or ""))
         elif options is not None and config.value is not None:
             program(from_config_dict(config.value), **{name: flag.value for name, flag in own.items()})
         elif config.value is None or workdir.value is None:
@@ -59,9 +62,14 @@ def main(
             raise app.UsageError(f"{needed} needed, such as {example}")
         else:
             processes.start(coordinator.value, count.value, index.value)
-            program(from_config_dict(config.value), Path(workdir.value))
+            program(from_config_dict(config.value), workdir.value, **{name: f.value for name, f in turned.items()})
 
-    launch(purpose, example, start, ("config", "workdir", "coordinator", "num_processes", "process_id", *paths, *own))
+    launch(
+        purpose,
+        example,
+        start,
+        ("config", "workdir", "coordinator", "num_processes", "process_id", *paths, *own, *turned),
+    )
 
 
 def launch(purpose: str, example: str, start: Callable[[], None], names: Sequence[str]) -> None:

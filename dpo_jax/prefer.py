@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from absl import logging
 
-from dpo_jax import sources
+from dpo_jax import buckets, sources
 from dpo_jax.config import Config, to_json
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.imdb import load_reviews
@@ -49,8 +49,8 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> Path:
       ValueError: no policy to sample from, or a workdir of another config.
       OSError: the workdir cannot be written.
     """
-    with owned(Path(workdir), config):
-        return _run(config, Path(workdir))
+    with buckets.mirrored(workdir) as (folder, _), owned(folder, config):
+        return _run(config, folder)
 
 
 def _run(config: Config, workdir: Path) -> Path:
@@ -84,7 +84,7 @@ class _PairMaker:
         self.reward: Reward = sources.imdb_reward(config.data, config.prefer.reward)
         parallel = DataParallel()
         model = make_start_model(config, len(self.tokenizer))
-        self.params = parallel.replicate(load_policy(Path(config.init.run or ""), model))
+        self.params = parallel.replicate(load_policy(buckets.fetched(config.init.run or ""), model))
         self.completer = Completer(
             model,
             self.tokenizer,

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from dpo_jax import comparison, figures, page, results
+from dpo_jax import buckets, comparison, figures, page, results
 from dpo_jax.comparison import Choice
 from dpo_jax.results import HALVES, Result, Roles
 
@@ -366,8 +366,9 @@ if __name__ == "__main__":
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
         with user_errors():
-            out = Path(f.out or Path(f.workdir) / "report")
+            workdir = buckets.local(f.workdir, "the workdir of a sweep")
+            out = Path(f.out or workdir / "report")
             levels = [float(level) for level in f.kl]
-            print(run(Path(f.workdir), out, compared=f.compare, tuned=f.tune, seeds=f.seeds, levels=levels))
+            print(run(workdir, out, compared=f.compare, tuned=f.tune, seeds=f.seeds, levels=levels))
 
     app.run(_main)

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpo_jax import buckets
 from dpo_jax.data.encode import Encoder
 from dpo_jax.data.tokenizer import decode, open_tokenizer
 from dpo_jax.parallel import DataParallel
@@ -228,9 +229,9 @@ def main(workdir: str, prompts: Sequence[str], out: str, request: Request) -> No
       out: JSONL file for the answers.
       request: how to sample.
     """
-    result = sample_run(Path(workdir), prompts, request)
+    result = sample_run(buckets.fetched(workdir), prompts, request)
     print(side_by_side(prompts, result, shutil.get_terminal_size((120, 24)).columns))
-    write_jsonl(Path(out), prompts, result)
+    write_jsonl(buckets.local(out, "--out"), prompts, result)
     print(f"written to {out}")
 
 
@@ -256,6 +257,6 @@ if __name__ == "__main__":
         with user_errors():
             prompts = [*f.prompt, *(read_prompts(Path(f.prompts)) if f.prompts else [])]
             request = Request(f.completions, f.temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, f.rows)
-            main(f.workdir, prompts, f.out or str(Path(f.workdir) / "samples" / "compared.jsonl"), request)
+            main(f.workdir, prompts, f.out or f"{f.workdir}/samples/compared.jsonl", request)
 
     app.run(_main)

@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import logging
 
+from dpo_jax import buckets
 from dpo_jax.config import DataConfig
 from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.imdb import load_reviews
@@ -67,7 +68,8 @@ def prepared(data: DataConfig) -> Dataset:
         )
     folder = tokenizer_folder(data)
     tokenizer, fingerprint = load_tokenizer(folder), tokenizer_fingerprint(folder)
-    train, held_out = (PreparedExamples(data.path, split, fingerprint) for split in ("train", "eval"))
+    place = buckets.fetched(data.path)
+    train, held_out = (PreparedExamples(place, split, fingerprint) for split in ("train", "eval"))
     return Dataset(train, held_out, train.answers, tokenizer)
 
 
@@ -134,7 +136,9 @@ def imdb_reward(data: DataConfig, name: str) -> Reward:
 
 def tokenizer_folder(data: DataConfig) -> Path:
     """Where the tokenizer lies: the one that a config names, else the one of its data folder."""
-    return Path(data.tokenizer) if data.tokenizer is not None else Path(data.dir) / f"tokenizer-{data.vocab_size}"
+    if data.tokenizer is not None:
+        return buckets.fetched(data.tokenizer)
+    return Path(data.dir) / f"tokenizer-{data.vocab_size}"
 
 
 def flipped(data: Dataset, share: float, seed: int) -> Dataset:

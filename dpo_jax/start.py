@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax import lora
+from dpo_jax import buckets, lora
 from dpo_jax.checkpoint import Saved, open_newest
 from dpo_jax.config import Config
 from dpo_jax.convert.peft import read_adapters
@@ -70,7 +70,7 @@ def start_params(config: Config, model: nn.Module) -> Params:
       ValueError: parameters of another model.
     """
     if config.init.run is not None:
-        return load_policy(Path(config.init.run), model)
+        return load_policy(buckets.fetched(config.init.run), model)
     if config.init.hf is not None:
         return open_pretrained(config.init.hf).params(model)
     return run_compiled(lambda key: init_params(model, key), jax.random.key(config.seed))
@@ -89,7 +89,7 @@ def start_adapters(config: Config, model: nn.Module) -> Params:
     """
     if config.lora.init is None:
         return lora.fresh(_shapes(model)[1], config.seed)
-    return read_adapters(Path(config.lora.init), model)
+    return read_adapters(buckets.fetched(config.lora.init), model)
 
 
 def load_policy(workdir: Path, model: nn.Module) -> Params:

@@ -18,7 +18,7 @@ from pathlib import Path
 import jax
 from absl import logging
 
-from dpo_jax import grid, population, train, workdir
+from dpo_jax import buckets, grid, population, train, workdir
 from dpo_jax.config import to_json
 from dpo_jax.grid import RUNS_FOLDER, Axes, Run
 from dpo_jax.progress import duration
@@ -170,7 +170,7 @@ if __name__ == "__main__":
     def start() -> None:
         if workdir_flag.value is None or (config.value is None and not status_flag.value):
             raise app.UsageError("--config and --workdir are needed; --status needs --workdir only")
-        folder = Path(workdir_flag.value)
+        folder = buckets.local(workdir_flag.value, "the workdir of a sweep")
         if status_flag.value:
             print(table(folder, list(grid.read(folder)[1])))
             return

@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,29 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import processes, reproducer, workdir
+from dpo_jax import buckets, lora, processes, reproducer, workdir
 from dpo_jax.build import (
     fresh_state,
     guarded,
     guarded_step,
     is_adapted,
+    param_shapes,
     state_shapes,
     without_base,
 )
 from dpo_jax.checkpoint import Checkpoints, Retention
+from dpo_jax.chips import peak_flops
 from dpo_jax.config import Config
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.evaluate import Evaluator
+from dpo_jax.flops import useful_flops
 from dpo_jax.guards import SKIPPED, Guarded, Watch
 from dpo_jax.integrity import hash_tree
 from dpo_jax.logbook import Logbook
+from dpo_jax.meter import Compilations, Meter
 from dpo_jax.opened import OpenedRun
+from dpo_jax.profile import FOLDER as PROFILE_FOLDER
+from dpo_jax.profile import Profile
 from dpo_jax.progress import Progress, duration
 from dpo_jax.shared import Shared
 from dpo_jax.start import start_adapters
@@ -45,13 +52,16 @@ from dpo_jax.types import PreferenceBatch
 from dpo_jax.writers import make_writer
 
 
-def run(config: Config, folder: str | os.PathLike[str], shared: Shared | None = None) -> dict[str, float]:
+def run(
+    config: Config, folder: str | os.PathLike[str], shared: Shared | None = None, *, profile: bool = False
+) -> dict[str, float]:
     """Trains until the config's last step, continuing from the newest checkpoint where there is one.
 
     Args:
       config: the experiment.
-      folder: workdir of this run.
+      folder: workdir of this run; it may be in a bucket.
       shared: what it has in common with other runs of this process.
+      profile: whether some steps are traced, into the folder ``profile`` of the workdir.
 
     Returns:
       The last numbers of every metric.
@@ -62,9 +72,18 @@ def run(config: Config, folder: str | os.PathLike[str], shared: Shared | None = 
       FloatingPointError: more steps than allowed were not finite.
       Stopped: a signal asked to stop; all is saved.
     """
-    if "://" in str(folder):
-        raise ValueError(f"the workdir must be a local folder, got {folder}; mount the bucket and give its path")
-    folder = Path(folder)
+    if buckets.is_bucket(folder) and config.parallel.mode == "mesh" and jax.process_count() > 1:
+        raise ValueError(
+            f"the workdir {folder} is in a bucket, and the {jax.process_count()} processes of a mesh write each "
+            "checkpoint together, into one folder: mount the bucket on all hosts (gcsfuse) and give its path there"
+        )
+    with buckets.mirrored(folder, jax.process_index()) as (place, keep):
+        return _run(config, place, shared, keep, profile)
+
+
+def _run(
+    config: Config, folder: Path, shared: Shared | None, keep: Callable[[], None], traces: bool
+) -> dict[str, float]:
     with contextlib.ExitStack() as stack:
         with processes.in_turn("workdir"):
             if processes.first():
@@ -75,7 +94,12 @@ def run(config: Config, folder: str | os.PathLike[str], shared: Shared | None = 
             logging.info("%s is finished; remove it, or choose another --workdir, to train anew.", folder)
             return summary
         begin = time.monotonic()
-        summary = Trainer(config, folder, shared).train(stop)
+        keep()  # a bucket that cannot be written is found now
+        trainer = Trainer(config, folder, shared)
+        trainer.keep = keep
+        if traces and processes.first():
+            trainer.profile = stack.enter_context(contextlib.closing(Profile(folder / PROFILE_FOLDER)))
+        summary = trainer.train(stop)
         processes.meet("trained")
         if processes.first():
             workdir.finish(folder, summary)
@@ -107,7 +131,15 @@ Work = Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], dict[str, float]]
 
 
 class Trainer(OpenedRun):
-    """A run being run."""
+    """A run being run.
+
+    Attributes:
+      keep: called, in the background, when a checkpoint lies in the workdir.
+      profile: what traces steps; None traces none.
+    """
+
+    keep: Callable[[], None] = staticmethod(lambda: None)
+    profile: Profile | None = None
 
     def __init__(self, config: Config, folder: Path, shared: Shared | None = None) -> None:
         super().__init__(config, folder, shared)
@@ -119,6 +151,8 @@ class Trainer(OpenedRun):
             ("train", self.program),
             lambda: self.parallel.train_step(guarded_step(self.config, self.parts, self.steps, self.parallel.axis)),
         )
+        if self.profile is not None:
+            step = self.profile.around(step)
         hyper = self.parallel.replicate(self.parts.hyper)
         seat = Seat(self.parallel.replicate, self.parallel.unreplicate, stop)
         with contextlib.closing(self.work(seat)) as work:
@@ -134,11 +168,11 @@ class Trainer(OpenedRun):
         """All of a run but its steps, which whoever drives it computes."""
         settings = self.config.checkpoint
         retention = Retention(settings.keep, settings.keep_every, settings.best if settings.keep_best else None)
-        with Checkpoints(self.workdir, retention, writes=processes.first()) as checkpoints:
+        with Checkpoints(self.workdir, retention, writes=processes.first(), then=self.keep) as checkpoints:
             state, memory = self._restore_or_init(checkpoints)
             start = int(state.step)
-            with make_writer(self.workdir, start or None, jax.process_index()) as writer:
-                log = self._logbook(writer, checkpoints, seat)
+            with make_writer(self.workdir, start or None, jax.process_index()) as writer, Compilations() as compiled:
+                log = self._logbook(writer, checkpoints, seat, compiled)
                 if memory is not None:
                     log.remember(memory)
                 if start < self.steps:
@@ -161,7 +195,7 @@ class Trainer(OpenedRun):
         shown_by = jax.process_index() if seat.shows else _NOBODY
         with Progress(self.steps, self.config.loss.name, start=start, process_index=shown_by) as progress:
             for step in range(start + 1, self.steps + 1):
-                carry, metrics = yield carry, next(batches)
+                carry, metrics = yield carry, log.meter.begin(lambda: next(batches))
                 self._look(step - 1, log.add(step, metrics), log, carry, progress)
                 last, stopping = step == self.steps, seat.stop.agreed()
                 evaluates = step % self.config.eval.every == 0 or last
@@ -288,19 +322,27 @@ class Trainer(OpenedRun):
         step = processes.told_by_first(lambda: -1 if restored is None else int(restored[0].step))
         return checkpoints.restore(step, like, admit) if restored is None and step >= 0 else restored
 
-    def _logbook(self, writer: Any, checkpoints: Checkpoints, seat: Seat) -> Logbook:
+    def _logbook(self, writer: Any, checkpoints: Checkpoints, seat: Seat, compiled: Compilations) -> Logbook:
         return Logbook(
             writer,
             seat.fetch,
             every=self.config.train.log_every,
             last=self.steps,
-            examples=self.config.data.batch_size,
             # Adapters that come from elsewhere are no longer the reference at step 0.
             watch=Watch(
                 self.parts.objective.needs_reference and self.config.lora.init is None, self.config.optim.warmup_steps
             ),
-            durations=lambda: {"checkpoint_blocked_seconds": checkpoints.blocked},
+            meter=self._meter(),
+            durations=lambda: {"checkpoint_blocked_seconds": checkpoints.blocked} | compiled.numbers(),
         )
+
+    def _meter(self) -> Meter:
+        peak, flops = peak_flops(self.parallel.devices), None
+        if peak is not None:
+            reads = self.parts.objective.needs_reference and self.config.reference.store is None
+            model, params = self.parts.model.config, lora.split(param_shapes(self.parts))[0]
+            flops = partial(useful_flops, model, params, reference=reads, full=not is_adapted(self.parts))
+        return Meter(self.config.data.batch_size, processes=jax.process_count(), flops=flops, peak=peak or 0.0)
 
     def _announce(self, state: TrainState, start: int) -> None:
         logging.info(
@@ -331,4 +373,5 @@ if __name__ == "__main__":
                 reproducer.replay,
             )
         },
+        switches={"profile": "traces some steps for XProf and TensorBoard, into WORKDIR/profile"},
     )

@@ -87,13 +87,11 @@ def make_writer(workdir: str | os.PathLike[str], resume_step: int | None = None,
       The writer, to be used in a ``with`` statement.
 
     Raises:
-      ValueError: a damaged line in the middle of a file, or a workdir that is not a local folder.
+      ValueError: a damaged line in the middle of a file.
       OSError: the folder or a file cannot be written.
     """
     if process_index != 0:
         return Writer()
-    if "://" in str(workdir):
-        raise ValueError(f"metrics need a local folder: got workdir {workdir!s}; mount the bucket and give its path")
     return RunWriter(Path(workdir), resume_step)
 
 

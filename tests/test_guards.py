@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpo_jax.data.layouts import Shape
 from dpo_jax.guards import SKIPPED, Finding, Guarded, Watch, first_not_finite, guard
 from dpo_jax.logbook import Logbook
+from dpo_jax.meter import Meter
 from dpo_jax.metrics import Correlation, Ratio, Total
 from dpo_jax.steps import TrainState
 from dpo_jax.writers import Writer
+from tests.tiny import lay_out, random_examples
 
 NAN = float("nan")
 
@@ -151,7 +154,13 @@ class Lines(Writer):
 
 
 def logbook(writer: Writer) -> Logbook:
-    return Logbook(writer, lambda metrics: metrics, every=5, last=12, examples=4, watch=Watch(False))
+    return Logbook(writer, lambda metrics: metrics, every=5, last=12, watch=Watch(False), meter=Meter(4))
+
+
+def add(log: Logbook, step: int) -> None:
+    shape = Shape(answers=2, prompt_length=1, answer_length=1)
+    log.meter.begin(lambda: lay_out(random_examples(1, shape), shape))
+    log.add(step, metrics_of(step))
 
 
 def metrics_of(step: int):
@@ -171,16 +180,16 @@ def test_a_logbook_that_is_continued_writes_the_same_lines(stop: int) -> None:
     whole, parts = Lines(), Lines()
     log = logbook(whole)
     for step in range(1, 13):
-        log.add(step, metrics_of(step))
+        add(log, step)
     log.flush()
     first = logbook(parts)
     for step in range(1, stop + 1):
-        first.add(step, metrics_of(step))
+        add(first, step)
     first.flush()
     second = logbook(parts)
     second.remember(json.loads(json.dumps(first.memory())))
     for step in range(stop + 1, 13):
-        second.add(step, metrics_of(step))
+        add(second, step)
     second.flush()
     assert str(parts.lines) == str(whole.lines)  # nan is not equal to nan
     assert list(whole.lines) == [5, 10, 12]

@@ -214,11 +214,6 @@ def test_a_workdir_that_cannot_be_written_is_named(pairs, tmp_path: Path) -> Non
         train.run(tiny_run.make_config(pairs), tmp_path / "file" / "run")
 
 
-def test_a_bucket_is_refused(pairs) -> None:
-    with pytest.raises(ValueError, match="must be a local folder, got gs:.*mount the bucket"):
-        train.run(tiny_run.make_config(pairs), "gs://bucket/run")
-
-
 def test_two_runs_in_one_workdir_are_refused(pairs, tmp_path: Path) -> None:
     config = tiny_run.make_config(pairs)
     with workdir.owned(tmp_path, config), pytest.raises(OSError, match=r"process \d+ on .* is at work in the workdir"):

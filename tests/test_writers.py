@@ -198,11 +198,6 @@ def test_other_processes_write_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bucket_is_refused():
-    with pytest.raises(ValueError, match="need a local folder: got workdir gs://bucket/run"):
-        make_writer("gs://bucket/run")
-
-
 def test_file_in_place_of_the_folder(tmp_path):
     (tmp_path / "run").write_text("")
     with pytest.raises(OSError, match=r"a file stands where a folder is needed.*--workdir.*run/metrics.jsonl"):

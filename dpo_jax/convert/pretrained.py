@@ -15,6 +15,7 @@ import numpy as np
 import transformers
 from huggingface_hub import snapshot_download
 
+from dpo_jax import buckets
 from dpo_jax.convert.engine import check_names, make_slots, read_params, write_params
 from dpo_jax.convert.gemma import GEMMA2, GEMMA3
 from dpo_jax.convert.gpt2 import GPT2
@@ -88,14 +89,14 @@ def open_pretrained(name: str, revision: str | None = None) -> Pretrained:
     """Finds a model and reads its config.
 
     Args:
-      name: a folder, or the id of a model on the Hugging Face hub, such as ``org/model``.
+      name: a folder, also in a bucket, or the id of a model on the Hugging Face hub, such as ``org/model``.
       revision: branch, tag or commit on the hub.
 
     Raises:
       OSError: no such folder or model, a damaged config.json.
       ValueError: an architecture, an activation or a RoPE type that is not supported.
     """
-    folder = Path(name).expanduser()
+    folder = buckets.fetched(name).expanduser()
     if not folder.is_dir():
         folder = _download(name, revision)
     path = folder / CONFIG

@@ -22,6 +22,7 @@ import pyarrow.parquet
 import zstandard
 from absl import logging
 
+from dpo_jax import buckets
 from dpo_jax.data.records import BadRow
 
 MAX_ROW_BYTES = 16 * 2**20  # a longer line is a damaged file, not an example
@@ -54,7 +55,7 @@ def find_files(pattern: str) -> list[Path]:
     """The data files that a path stands for, in the order of their names.
 
     Args:
-      pattern: a file, a folder (all data files in it and below) or a glob such as ``data/*.jsonl.gz``.
+      pattern: a file, a folder (all data files in it and below) or a glob such as ``data/*.jsonl.gz``; buckets too.
 
     Returns:
       The files.
@@ -62,7 +63,7 @@ def find_files(pattern: str) -> list[Path]:
     Raises:
       ValueError: there is none, or a file has no known suffix.
     """
-    path = Path(pattern).expanduser()
+    path = buckets.fetched(pattern).expanduser()
     if path.is_dir():
         inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
         found = [p for p in inside if _format(p)]

@@ -1,0 +1,293 @@
+"""Workdirs and data in a bucket that lives in this process's memory: a flat table of objects, as object stores are."""
+
+from __future__ import annotations
+
+import io
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from etils.epath import gpath
+
+from dpo_jax import buckets, integrity, train
+from dpo_jax.config import Config
+from dpo_jax.data.files import find_files
+from dpo_jax.shared import Shared
+from dpo_jax.writers import read_metrics
+from tests import tiny_run
+
+BUCKET, RUN = "gs://bucket", "gs://bucket/run"
+
+
+class Store:
+    """Objects by name. It knows no rename, no append and no folder without files: asking for one is an error.
+
+    Attributes:
+      objects: their content.
+      log: all writes (name, content) and removals (name, None).
+    """
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.log: list[tuple[str, bytes | None]] = []
+
+    def put(self, name: str, content: bytes | None) -> None:
+        self.log.append((name, content))
+        if content is None:
+            del self.objects[name]
+        else:
+            self.objects[name] = content
+
+    def put_folder(self, name: str, folder: Path) -> None:
+        for path in folder.rglob("*"):
+            if path.is_file():
+                self.put(f"{name}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+
+    def to_folder(self, name: str, folder: Path) -> Path:
+        for path, content in self.objects.items():
+            if path.startswith(f"{name}/"):
+                place = folder / path.removeprefix(f"{name}/")
+                place.parent.mkdir(parents=True, exist_ok=True)
+                place.write_bytes(content)
+        return folder
+
+    # What epath asks of a backend.
+
+    def open(self, path: str, mode: str) -> Any:
+        if "w" in mode:
+            return _Writer(self, path) if "b" in mode else io.TextIOWrapper(_Writer(self, path), write_through=True)
+        assert "r" in mode
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        content = io.BytesIO(self.objects[path])
+        return content if "b" in mode else io.TextIOWrapper(content)
+
+    def exists(self, path: str) -> bool:
+        return path in self.objects or self.isdir(path)
+
+    def isdir(self, path: str) -> bool:
+        return any(name.startswith(f"{path}/") for name in self.objects)
+
+    def listdir(self, path: str) -> list[str]:
+        return list({n.removeprefix(f"{path}/").split("/")[0] for n in self.objects if n.startswith(f"{path}/")})
+
+    def glob(self, path: str) -> list[str]:
+        return [
+            name
+            for name in self.objects
+            if posixpath.dirname(name) == posixpath.dirname(path) and Path(name).match(posixpath.basename(path))
+        ]
+
+    def remove(self, path: str) -> None:
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        self.put(path, None)
+
+    def stat(self, path: str) -> Any:
+        writes = sum(name == path for name, _ in self.log)
+        return SimpleNamespace(length=len(self.objects[path]), mtime=1_000_000 + writes)
+
+
+class _Writer(io.BytesIO):
+    """An object appears when its file is closed."""
+
+    def __init__(self, store: Store, path: str) -> None:
+        super().__init__()
+        self._store, self._path = store, path
+
+    def close(self) -> None:
+        if not self.closed:
+            self._store.put(self._path, self.getvalue())
+        super().close()
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    store = Store()
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", store)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return store
+
+
+class Crash(Exception):
+    """What no run expects."""
+
+
+class Kill:
+    """Ends a run after a step as a loss of power would: what it does later is not seen in the store."""
+
+    def __init__(self, store: Store, step: int) -> None:
+        self._store, self._left = store, step
+        self.left: dict[str, bytes] = {}
+
+    def agreed(self) -> bool:
+        self._left -= 1
+        if self._left == 0:
+            self.left = dict(self._store.objects)
+            raise Crash
+        return False
+
+    def __enter__(self) -> Kill:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        pass
+
+
+def make_config(data: Path, **changes: Any) -> Config:
+    changes = {"eval.prompts": 0, "eval.examples": 0, "checkpoint.every": 2, "checkpoint.keep": 2, **changes}
+    return tiny_run.make_config(data, **changes)
+
+
+def states(store: Store) -> Iterator[Store]:
+    """The store after each of its writes and removals."""
+    past = Store()
+    for name, content in store.log:
+        past.put(name, content)
+        yield past
+
+
+def test_a_run_in_a_bucket_is_killed_and_goes_on(store: Store, tmp_path: Path, monkeypatch) -> None:
+    tiny_run.write_data(tmp_path / "data")
+    shared = Shared()
+    train.run(make_config(tmp_path / "data"), tmp_path / "whole", shared)
+
+    store.put_folder(f"{BUCKET}/examples", tmp_path / "data" / "examples")
+    config = make_config(tmp_path / "data", **{"data.path": f"{BUCKET}/examples"})
+    kill = Kill(store, 7)
+    monkeypatch.setattr(train, "StopRequest", lambda: kill)
+    with pytest.raises(Crash):
+        train.run(config, RUN, shared)
+    monkeypatch.undo()
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", store)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "another machine"))
+    store.objects = kill.left
+    summary = train.run(config, RUN, shared)
+    left = store.to_folder(RUN, tmp_path / "left")
+    assert tiny_run.results(left) == tiny_run.results(tmp_path / "whole")
+    assert sorted(p.name for p in (left / "checkpoints").iterdir()) == ["10", "8"]
+    assert not list(left.rglob(".lock"))
+    assert list((left / "tensorboard").iterdir())
+    assert train.run(config, RUN, shared) == pytest.approx(summary, nan_ok=True, abs=0, rel=0)  # finished, and says so
+
+
+def test_every_state_of_the_bucket_is_one_to_go_on_from(store: Store, tmp_path: Path) -> None:
+    tiny_run.write_data(tmp_path / "data")
+    train.run(make_config(tmp_path / "data"), RUN)
+    newest = []
+    for number, past in enumerate(states(store)):
+        if not any(name.endswith("manifest.json") for name in past.objects):
+            continue
+        if store.log[number][0].endswith(("manifest.json", "metrics.jsonl", "summary.json")):  # others change little
+            store.objects = past.objects
+            mirror = buckets.Mirror(RUN)
+            mirror.pull()
+            steps = sorted(int(path.name) for path in (mirror.folder / "checkpoints").iterdir())
+            for step in steps:
+                integrity.verify(mirror.folder / "checkpoints" / str(step))
+            lines = [row["step"] for row in read_metrics(mirror.folder / "metrics.jsonl")]
+            assert [step for step in lines if step <= steps[-1]] == [s for s in (3, 6, 9, 10) if s <= steps[-1]]
+            newest.append(steps[-1])
+    assert newest == sorted(newest)
+    assert set(newest) == {2, 4, 6, 8, 10}
+
+
+def test_a_checkpoint_that_was_copied_in_part_does_not_count_and_is_copied_anew(store: Store) -> None:
+    for name in ("1/manifest.json", "1/state/a", "2/state/b"):
+        store.put(f"{RUN}/checkpoints/{name}", b"")
+    mirror = buckets.Mirror(RUN)
+    mirror.claim()
+    mirror.pull()
+    assert [path.name for path in (mirror.folder / "checkpoints").iterdir()] == ["1"]
+    again = mirror.folder / "checkpoints" / "2"
+    again.mkdir()
+    (again / "c").write_bytes(b"c")
+    (again / "manifest.json").write_bytes(b"")
+    mirror.push()
+    held = {name.removeprefix(f"{RUN}/checkpoints/") for name in store.objects}
+    assert {name for name in held if name.startswith("2/")} == {"2/c", "2/manifest.json"}
+    assert store.log[-1] == (f"{RUN}/checkpoints/2/manifest.json", b"")
+
+
+def test_the_later_run_takes_the_workdir_over(store: Store) -> None:
+    first, second = buckets.Mirror(RUN), buckets.Mirror(RUN)
+    first.claim()
+    (first.folder / "metrics.jsonl").write_text("first")
+    first.push()
+    second.claim()
+    second.pull()
+    assert (second.folder / "metrics.jsonl").read_text() == "first"
+    (second.folder / "metrics.jsonl").write_text("second")
+    second.push()
+    with pytest.raises(OSError, match=r"process \d+ on .* has taken over the workdir gs://bucket/run: this run stops"):
+        first.push()
+    assert store.objects[f"{RUN}/metrics.jsonl"] == b"second"
+
+
+def test_what_a_failed_run_leaves_is_kept(store: Store) -> None:
+    def fail() -> None:
+        with buckets.mirrored(RUN) as (folder, _):
+            (folder / "not_finite").mkdir()
+            for name in ("not_finite/case", ".lock", "summary.json.partial"):
+                (folder / name).write_text("")
+            raise Crash
+
+    with pytest.raises(Crash):
+        fail()
+    assert store.objects.keys() == {f"{RUN}/.owner", f"{RUN}/not_finite/case"}
+
+
+def test_files_folders_and_globs_are_fetched(store: Store, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "b.jsonl", "c.txt", "deep/d.jsonl"):
+        store.put(f"{BUCKET}/data/{name}", name.encode())
+    assert buckets.fetched(f"{BUCKET}/data/a.jsonl").read_text() == "a.jsonl"
+    assert [path.name for path in find_files(f"{BUCKET}/data/*.jsonl")] == ["a.jsonl", "b.jsonl"]
+    assert [path.name for path in find_files(f"{BUCKET}/data")] == ["a.jsonl", "b.jsonl", "d.jsonl"]
+    folder = buckets.fetched(f"{BUCKET}/data")
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.jsonl")}
+    store.put(f"{BUCKET}/data/a.jsonl", b"A.jsonl")
+    store.put(f"{BUCKET}/data/b.jsonl", None)
+    assert buckets.fetched(f"{BUCKET}/data") == folder
+    assert (folder / "a.jsonl").read_text() == "A.jsonl"
+    assert not (folder / "b.jsonl").exists()
+    assert (folder / "deep" / "d.jsonl").stat().st_mtime_ns == times[folder / "deep" / "d.jsonl"]
+    with pytest.raises(OSError, match="cannot read gs://bucket/nothing: there is nothing of that name; look at"):
+        buckets.fetched(f"{BUCKET}/nothing")
+    assert buckets.fetched("~/here/x*.json") == Path("~/here/x*.json")
+
+
+def test_the_policy_of_a_run_in_a_bucket_is_where_another_starts(store: Store, tmp_path: Path) -> None:
+    tiny_run.write_data(tmp_path / "data")
+    shared = Shared()
+    train.run(make_config(tmp_path / "data", **{"train.steps": 2, "optim.warmup_steps": 0}), RUN, shared)
+    here = store.to_folder(RUN, tmp_path / "here")
+    found = {}
+    for place in (RUN, str(here)):
+        config = make_config(tmp_path / "data", **{"init.run": place, "train.steps": 2, "optim.warmup_steps": 0})
+        found[place] = train.run(config, tmp_path / f"run{len(found)}", shared)
+    assert found[RUN] == found[str(here)]
+
+
+def test_what_cannot_lie_in_a_bucket_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="config.data.dir must be a local folder, got gs://bucket/data; mount"):
+        make_config(tmp_path, **{"data.dir": "gs://bucket/data"})
+
+
+def test_a_mesh_of_several_processes_needs_one_folder(store: Store, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    with pytest.raises(ValueError, match="the 2 processes of a mesh write each checkpoint together.*mount the bucket"):
+        train.run(make_config(tmp_path, **{"parallel.mode": "mesh"}), RUN)
+    assert not store.log
+
+
+def test_a_missing_client_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Missing:
+        def __getattr__(self, name: str) -> Any:
+            raise ImportError("Please install gcsfs")
+
+    monkeypatch.setitem(gpath._PREFIX_TO_BACKEND, "gs", Missing())
+    with pytest.raises(OSError, match="cannot read gs://bucket/x: Please install gcsfs. .*requirements-tpu.txt"):
+        buckets.fetched("gs://bucket/x")
