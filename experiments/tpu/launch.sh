@@ -10,14 +10,14 @@ Runs a command on all hosts of a Cloud TPU pod (one slice, TPU VMs), and again a
 
   $0 ACTION --name=NAME --zone=ZONE [flags] [-- COMMAND]
 
-  $0 run --name=dpo --project=P --zone=us-west4-a --type=v5litepod-64 --spot -- \\
-    python -m dpo_jax.train --config=configs/tpu/llama3_8b_v5e_64.py --workdir=gs://BUCKET/dpo
+  $0 run --name=dpo --zone=us-west4-a --type=v5litepod-64 --spot --mount=BUCKET -- \\
+    python -m dpo_jax.train --config=configs/tpu/llama3_8b_v5e_64.py --workdir=/mnt/BUCKET/dpo
 
 actions
   run        create, sync, install, start and logs; after a preemption all of it again, until COMMAND has finished
   create     asks for the TPU with a queued resource, or takes the one of this name, and waits for it
   sync       copies the working tree, uncommitted changes too, to ~/dpo_jax of all hosts
-  install    Python and requirements.lock into ~/dpo_jax_venv of all hosts, unless it is there
+  install    Python and requirements.lock into ~/dpo_jax_venv of all hosts, unless it is there; mounts the bucket
   start      starts COMMAND in ~/dpo_jax on all hosts, unless one is running
   logs       follows what COMMAND prints on the first host
   status     tells the state of the TPU, and of COMMAND: running, an exit code, or none
@@ -33,20 +33,21 @@ flags
   --spot                capacity that may be taken away at any time
   --reservation=NAME    capacity that is reserved
   --service_account=S   of the hosts; it must be able to write to the bucket
+  --mount=BUCKET        mounts a bucket as /mnt/BUCKET on all hosts, with gcsfuse
   --python=3.12         version on the hosts
   --restarts=100        of run, at most
   --poll=30             seconds between two looks at the TPU
   --delete_when_done    gives the TPU back when COMMAND has ended
   --dry_run             prints every command and runs none
 
-COMMAND must be one that goes on where it was interrupted, with a workdir that outlives the TPU: a bucket. The exit code
-of run is COMMAND's; 75 (stopped, all saved) starts it again.
+COMMAND must be one that goes on where it was interrupted, with a workdir that outlives the TPU: gs://, or in a mounted
+bucket, as a mesh over several hosts needs it. The exit code of run is COMMAND's; 75 (stopped, all saved) starts it again.
 TEXT
 }
 
-known='name zone project type runtime reservation service_account python restarts poll'
+known='name zone project type runtime reservation service_account mount python restarts poll'
 switches='spot delete_when_done dry_run'
-name='' zone='' project='' type='' runtime='' reservation='' service_account='' spot='' delete_when_done=''
+name='' zone='' project='' type='' runtime='' reservation='' service_account='' mount='' spot='' delete_when_done=''
 python=3.12 restarts=100 poll=30
 
 tpus() {
@@ -144,6 +145,14 @@ if [ \"\$want\" != \"\$(cat \$venv/.installed 2>/dev/null)\" ]; then
     \$uv pip install --quiet --python \$venv/bin/python -r requirements.lock -r requirements-tpu.txt 'jax[tpu]' &&
     echo \"\$want\" > \$venv/.installed
 fi"
+    if [[ $mount ]]; then mount_bucket; fi
+}
+
+mount_bucket() {
+    on all "mountpoint -q /mnt/$mount || {
+    command -v gcsfuse >/dev/null || { echo 'error: this image has no gcsfuse; cloud.google.com/storage/docs/gcsfuse-install tells how to get it' >&2; exit 1; }
+    sudo mkdir -p /mnt/$mount && sudo chown \"\$USER\" /mnt/$mount && gcsfuse --implicit-dirs $mount /mnt/$mount
+}"
 }
 
 start() {

@@ -34,7 +34,8 @@ flags
   --restarts=100        at most
   --dry_run             prints every command and runs none
 
-COMMAND must be one that goes on where it was interrupted, with a workdir that outlives its hosts: a bucket.
+COMMAND must be one that goes on where it was interrupted, with a workdir that outlives its hosts: gs://, or a folder of
+a bucket that the pods mount (xpk storage create --type=gcsfuse), as a mesh over several hosts needs it.
 TEXT
 }
 

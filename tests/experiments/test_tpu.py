@@ -64,7 +64,7 @@ def in_order(text: str, *parts: str) -> None:
 
 
 def test_a_dry_run_of_a_pod_prints_every_command(tmp_path: Path) -> None:
-    text = dry("launch", "run", *POD, "--spot", "--delete_when_done")
+    text = dry("launch", "run", *POD, "--spot", "--mount=data", "--delete_when_done")
     in_order(
         text,
         "gcloud compute tpus queued-resources describe dpo --zone=us-west4-a",
@@ -74,6 +74,7 @@ def test_a_dry_run_of_a_pod_prints_every_command(tmp_path: Path) -> None:
         "gcloud compute tpus tpu-vm scp",
         "--worker=all",
         "-r requirements.lock -r requirements-tpu.txt",
+        "gcsfuse --implicit-dirs data /mnt/data",
         "nohup setsid bash -c",
         "-m\\\\ dpo_jax.train\\\\ --workdir=gs://bucket/a\\\\\\\\\\\\ run",
         "tail\\ -n\\ 200",
