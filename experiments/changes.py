@@ -1,0 +1,78 @@
+"""How numbers of a sweep's runs changed from their first evaluation to their last: a Markdown table.
+
+python -m experiments.changes --workdir=runs/orpo --metrics=eval/logps/chosen_per_token,eval/logps/rejected_per_token
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax import grid
+from dpo_jax.main import user_errors
+from dpo_jax.workdir import SUMMARY_FILE
+from dpo_jax.writers import METRICS_FILE, read_metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", type=Path, required=True, help="folder of a sweep")
+    parser.add_argument("--metrics", required=True, help="names of metrics.jsonl, with commas between")
+    arguments = parser.parse_args(argv)
+    with user_errors():
+        print("\n".join(table(arguments.workdir, arguments.metrics.split(","))))
+
+
+def table(workdir: Path, metrics: Sequence[str]) -> Iterator[str]:
+    """One line for each point of the sweep, the mean over seeds and its standard error.
+
+    Args:
+      workdir: of the sweep.
+      metrics: names of metrics.
+
+    Raises:
+      ValueError: no run is finished, or none has such a metric.
+    """
+    points = {
+        name: {axis: label for axis, label in point.items() if axis != "seed"}
+        for name, point in grid.read(workdir)[1].items()
+        if (workdir / grid.RUNS_FOLDER / name / SUMMARY_FILE).is_file()
+    }
+    if not points:
+        raise ValueError(f"no run of {workdir} is finished: python -m dpo_jax.sweep --workdir={workdir} --status tells")
+    axes = list(next(iter(points.values())))
+    yield "| " + " | ".join([*axes, "seeds", *(f"{metric}: first → last" for metric in metrics)]) + " |"
+    yield "|" + "---|" * (len(axes) + 1 + len(metrics))
+    by_point = lambda name: tuple(points[name].values())  # noqa: E731
+    for labels, names in itertools.groupby(sorted(points, key=by_point), key=by_point):
+        rows = [[ends(workdir / grid.RUNS_FOLDER / name, metric) for metric in metrics] for name in names]
+        cells = (f"{_mean(first)} → {_mean(last)}" for first, last in np.moveaxis(np.array(rows), 0, 2))
+        yield "| " + " | ".join([*labels, str(len(rows)), *cells]) + " |"
+
+
+def ends(folder: Path, metric: str) -> tuple[float, float]:
+    """A metric at its first and at its last step.
+
+    Raises:
+      ValueError: the run has none of that name; those that it has are listed.
+    """
+    rows = read_metrics(folder / METRICS_FILE)
+    found = [row[metric] for row in rows if metric in row]
+    if not found:
+        known = ", ".join(sorted({name for row in rows for name in row}))
+        raise ValueError(f"{folder} has no metric {metric!r}; it has {known}")
+    return found[0], found[-1]
+
+
+def _mean(values: np.ndarray) -> str:
+    error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{error}"
+
+
+if __name__ == "__main__":
+    main()
