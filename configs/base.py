@@ -70,6 +70,7 @@ def get_config() -> ConfigDict:
                 "length_penalty": placeholder(float),  # α of r_dpo, 1/tokens
                 "offset_scale": placeholder(float),  # α of odpo
                 "penalty": placeholder(float),  # λ of dpop
+                "unlikelihood_weight": placeholder(float),  # α of unlikelihood
                 "temperature": placeholder(float),  # τ of discopop
                 "adaptation": placeholder(float),  # α of beta_dpo
                 "momentum": placeholder(float),  # of beta_dpo's running mean

@@ -29,6 +29,7 @@ from dpo_jax.losses.robust import robust
 from dpo_jax.losses.sft import sft
 from dpo_jax.losses.simpo import simpo
 from dpo_jax.losses.sppo import sppo_hard
+from dpo_jax.losses.unlikelihood import unlikelihood
 
 # Pairs against a reference, through the divergence's score: DPO and its nearest kin.
 _shaped = partial(Loss, sees="pairs", takes_divergence=True)
@@ -55,6 +56,7 @@ LOSSES: dict[str, Loss] = {
     "simpo": Loss(simpo, sees="pairs", needs_reference=False, reduction="mean"),
     "cpo": Loss(cpo, sees="pairs", needs_reference=False),
     "orpo": Loss(orpo, sees="pairs", needs_reference=False, needs_prompt=True, reduction="mean"),
+    "unlikelihood": Loss(unlikelihood, sees="pairs", needs_reference=False),
     "kto": Loss(kto, sees="answers", needs_mismatched=True, statistic=reference_point, advice=weight_warning),
     "apo_zero_unpaired": Loss(apo_zero_unpaired, sees="answers"),
     "bco_unpaired": Loss(

@@ -51,6 +51,7 @@ RANGES: dict[str, Interval] = {
     "length_penalty": ANY,
     "offset_scale": NOT_NEGATIVE,
     "penalty": NOT_NEGATIVE,
+    "unlikelihood_weight": NOT_NEGATIVE,
     "adaptation": NOT_NEGATIVE,
     "momentum": Interval(0, 1, high_open=True),
     "divergence_alpha": ANY,

@@ -61,6 +61,8 @@ CASES = [
     ("simpo", {"beta": 2.0, "gamma": 0.5}, -log_sigmoid(2 * (-7 + 8) - 0.5)),
     ("cpo", {"nll_weight": 0.5}, -log_sigmoid(0.1) + 0.5 * 7 / 4),
     ("orpo", {"beta": 0.2}, (7 + 5) / 7 - 0.2 * log_sigmoid(log_odds(-7) - log_odds(-8))),
+    ("unlikelihood", {}, 7 - 8),
+    ("unlikelihood", {"unlikelihood_weight": 0.25}, 7 - 2),
     ("sft", {}, 7 / 4),
 ]
 
