@@ -17,7 +17,7 @@ from tests.tiny import make_answer
 from tests.tiny_run import make_examples
 
 ROOT = Path(__file__).parent.parent
-ARGUMENTS = {"smoke": ("sft", "preferences", "dpo"), "imdb": ("sft", "preferences", "dpo")}
+ARGUMENTS = dict.fromkeys(("smoke", "small", "imdb"), ("sft", "preferences", "dpo"))
 
 
 def experiments() -> list[tuple[str, str]]:

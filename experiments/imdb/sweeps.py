@@ -1,25 +1,33 @@
-"""What the sweeps over the sentiment experiment have in common: base, learning rates and seeds, full and quick."""
+"""What the sweeps over the sentiment experiment have in common: base, learning rates and seeds, in three sizes.
+
+full starts from runs/imdb (``make demo``), small from runs/small (configs/small.py), quick from runs/imdb and takes 24
+steps.
+"""
 
 from ml_collections import ConfigDict
 
-from configs import imdb_dpo
+from configs import imdb_dpo, small
 
 # Every method is tuned on the same rates, and compared over the same seeds.
 SHARED_AXES = {
     "full": {"optim.learning_rate": [1e-4, 2e-4, 4e-4], "seed": [0, 1, 2]},
+    "small": {"optim.learning_rate": [1e-3], "seed": [0, 1, 2]},
     "quick": {"optim.learning_rate": [4e-4], "seed": [0]},
 }
 
 
 def get_base(size: str, every: int) -> ConfigDict:
-    """DPO from the SFT model of runs/imdb against its stored reference.
+    """DPO from an SFT model against its stored reference.
 
     Args:
-      size: full; or quick, which takes 24 steps.
-      every: steps between two evaluations of a full run.
+      size: full, small or quick.
+      every: steps between two evaluations; of quick, 8.
     """
-    config = imdb_dpo.get_config()
-    config.reference.store = "runs/imdb/references"
+    config = small.get_config("dpo") if size == "small" else imdb_dpo.get_config()
+    folder = "runs/small" if size == "small" else "runs/imdb"
+    config.data.update(path=f"{folder}/preferences/examples", dir=f"{folder}/data")
+    config.init.run = f"{folder}/sft"
+    config.reference.store = f"{folder}/references"
     config.eval.update(every=every, prompts=400)
     config.checkpoint.update(every=94, keep=1)
     if size == "quick":

@@ -3,16 +3,19 @@
     python -m dpo_jax.sweep --config=experiments/noise/sweep.py --workdir=runs/noise
     python -m dpo_jax.sweep --config=experiments/noise/sweep.py:quick --workdir=runs/noise-quick
 
-starts from runs/imdb (``make demo``).
+starts from runs/imdb (``make demo``), or runs/small (configs/small.py).
 """
 
 from ml_collections import ConfigDict
 
 from experiments.imdb.sweeps import SHARED_AXES, get_base
 
+# Shares of the training labels.
+FLIPS = {"full": [0.0, 0.1, 0.2, 0.3, 0.4], "small": [0.0, 0.2, 0.4], "quick": [0.0, 0.4]}
+
 
 def get_config(size: str = "full") -> ConfigDict:
-    return get_base(size, every=47)
+    return get_base(size, every=60 if size == "small" else 47)
 
 
 def get_axes(size: str = "full") -> dict:
@@ -25,6 +28,6 @@ def get_axes(size: str = "full") -> dict:
     }
     return {
         "method": methods,
-        "data.flip": [0.0, 0.4] if size == "quick" else [0.0, 0.1, 0.2, 0.3, 0.4],
+        "data.flip": FLIPS[size],
         **SHARED_AXES[size],
     }

@@ -13,7 +13,14 @@ from tests import tiny_run
 
 @pytest.mark.parametrize(
     ("name", "size", "count"),
-    [("noise", "full", 180), ("noise", "quick", 8), ("betas", "full", 45), ("betas", "quick", 5)],
+    [
+        ("noise", "full", 180),
+        ("noise", "small", 36),
+        ("noise", "quick", 8),
+        ("betas", "full", 63),
+        ("betas", "small", 21),
+        ("betas", "quick", 7),
+    ],
 )
 def test_every_run_of_a_sweep_can_be(name: str, size: str, count: int) -> None:
     file = importlib.import_module(f"experiments.{name}.sweep")
