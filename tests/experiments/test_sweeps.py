@@ -20,6 +20,9 @@ from tests import tiny_run
         ("betas", "full", 63),
         ("betas", "small", 21),
         ("betas", "quick", 7),
+        ("overoptimisation", "full", 36),
+        ("overoptimisation", "small", 18),
+        ("overoptimisation", "quick", 3),
     ],
 )
 def test_every_run_of_a_sweep_can_be(name: str, size: str, count: int) -> None:
