@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 
 from dpo_jax import grid, report, sweep
+from dpo_jax.data.prepared import PreparedExamples
+from dpo_jax.data.tokenizer import tokenizer_fingerprint
+from dpo_jax.types import CHOSEN, REJECTED
+from experiments.kto import thin
 from tests import tiny_run
 
 
@@ -20,6 +24,9 @@ from tests import tiny_run
         ("betas", "full", 63),
         ("betas", "small", 21),
         ("betas", "quick", 7),
+        ("kto", "full", 36),
+        ("kto", "small", 12),
+        ("kto", "quick", 4),
         ("overoptimisation", "full", 36),
         ("overoptimisation", "small", 18),
         ("overoptimisation", "quick", 3),
@@ -42,3 +49,18 @@ def test_methods_under_noise_go_through_to_the_report(tmp_path: Path) -> None:
     assert sweep.run(runs, tmp_path / "sweep") == {}
     found = report.run(tmp_path / "sweep", tmp_path / "out")
     assert "robust" in found.read_text(encoding="utf-8")
+
+
+def test_kto_trains_on_a_tenth_of_the_desirable_answers(tmp_path: Path) -> None:
+    source = tiny_run.write_data(tmp_path / "data")
+    thin.write(source, tmp_path / "tenth", 0.1)
+    tokenizer = tokenizer_fingerprint(tmp_path / "data" / f"tokenizer-{tiny_run.VOCAB}")
+    data = PreparedExamples(tmp_path / "tenth", "train", tokenizer)
+    roles = data.roles().ravel().tolist()
+    assert roles.count(REJECTED) == tiny_run.EXAMPLES and 0 < roles.count(CHOSEN) < tiny_run.EXAMPLES / 2
+    assert len({data[i].uid for i in range(len(data))}) == len(data)
+    changes = {"train.steps": 2, "eval.prompts": 0, "train.micro_batches": 1, "data.batch_size": 8}
+    changes |= {"reference.store": str(tmp_path / "reference"), "loss.name": "kto", "loss.desirable_weight": 12.0}
+    config = tiny_run.config_dict(tmp_path / "data", **changes, **{"data.path": str(tmp_path / "tenth")})
+    runs = grid.expand(config, {"seed": [0]})
+    assert sweep.run(runs, tmp_path / "sweep") == {}

@@ -1,0 +1,63 @@
+"""Answers for KTO without their pairs: all, and with a tenth of the desirable ones.
+
+python -m experiments.kto.thin --source=runs/small/preferences/examples --out=runs/kto
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from dpo_jax.data.example import Example
+from dpo_jax.data.prepared import PreparedExamples, read_metadata
+from dpo_jax.data.prepared_writer import write_examples
+from dpo_jax.main import user_errors
+from dpo_jax.types import CHOSEN
+
+SHARES = {"all": 1.0, "tenth": 0.1}  # of the desirable answers that stay, by name of the folder
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Writes a folder for each share, and says what is in it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--source", type=Path, default=Path("runs/imdb/preferences/examples"))
+    parser.add_argument("--out", type=Path, default=Path("runs/kto"))
+    arguments = parser.parse_args(argv)
+    with user_errors():
+        for name, share in SHARES.items():
+            write(arguments.source, arguments.out / name, share)
+
+
+def write(source: Path, out: Path, share: float) -> None:
+    """Writes the answers of prepared pairs as examples of their own.
+
+    Args:
+      source: prepared pairs.
+      out: where they go.
+      share: of the desirable training answers that stay; held-out ones all do.
+
+    Raises:
+      OSError: the source cannot be read, or the answers not be written.
+    """
+    tokenizer = read_metadata(source).tokenizer
+    train, held_out = (PreparedExamples(source, split, tokenizer) for split in ("train", "eval"))
+    splits = {"train": answers(train, share), "eval": answers(held_out, 1.0)}
+    metadata = write_examples(splits, out, name="kto_answers", tokenizer=tokenizer)
+    print(f"{metadata.counts['train']} answers of {len(train)} pairs in {out}")
+
+
+def answers(source: PreparedExamples, share: float) -> Iterator[Example]:
+    """Each answer of each pair; desirable ones are drawn by their own numbers: a larger share holds a smaller one."""
+    for i in range(len(source)):
+        example = source[i]
+        for side, answer in enumerate(example.answers):
+            if answer.role != CHOSEN or np.random.default_rng(example.uid).random() < share:
+                yield dataclasses.replace(example, uid=2 * example.uid + side, answers=(answer,))
+
+
+if __name__ == "__main__":
+    main()
