@@ -23,7 +23,7 @@ from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import init_params
 from dpo_jax.optim import make_optimizer
 from dpo_jax.parallel import DataParallel
-from dpo_jax.steps import Hyper, StepConfig, TrainState, init_state, make_train_step
+from dpo_jax.steps import Hyper, StepConfig, TrainState, make_train_step
 from dpo_jax.types import Params, PreferenceBatch, TokenBatch
 from experiments.speed import work
 
@@ -75,14 +75,14 @@ class Worker:
             examples = self._with_stored_reference(model, params, examples)
         objective, numbers = make_objective(settings.loss, {"beta": 0.1} if settings.loss == "dpo" else {})
         optimizer = make_optimizer(b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0)
-        state, model = _state(objective, optimizer, model, params, settings.reference)
-        answers = self.shape.answers
-        config = StepConfig(answers, "constant", 0, len(examples), settings.head_chunk)
+        model, self.state = _state(self.parallel, objective, optimizer, model, params, settings.reference)
+        del params  # from here on there is what lies on the device alone
+        config = StepConfig(self.shape.answers, "constant", 0, len(examples), settings.head_chunk)
         self.function = make_train_step(model, objective, optimizer, config, self.parallel.axis)
         self.model = model
         self.step = self.parallel.train_step(self.function)
         hyper = Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(1e-5))
-        self.hyper, self.state = self.parallel.replicate(hyper), self.parallel.replicate(state)
+        self.hyper = self.parallel.replicate(hyper)
         self.batches = [self._batch(batch) for batch in examples]
 
     def arguments(self, step: int) -> tuple[Any, Any, Any]:
@@ -123,14 +123,24 @@ def _with_values(example: Example, values: tuple[np.ndarray, ...]) -> Example:
     return dataclasses.replace(example, answers=tuple(dataclasses.replace(a, reference=v) for a, v in pairs))
 
 
-def _state(objective: Any, optimizer: Any, model: Any, params: Params, reference: str) -> tuple[TrainState, Any]:
+def _state(
+    parallel: DataParallel, objective: Any, optimizer: Any, model: Any, params: Params, reference: str
+) -> tuple[Any, TrainState]:
+    """The model that is trained, and its first state on the device; the optimizer's zeros are never all on the host."""
+    trained, frozen = params, params if reference == "step" else None
     if reference == "lora":
         model = lora.with_adapter(model, lora.Adapter(".*", rank=8, alpha=16.0))
         shapes = lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))[1]
-        state = init_state(objective, optimizer, lora.fresh(shapes, seed=0), None)
-        return dataclasses.replace(state, reference=params), model
-    copy = jax.tree.map(np.array, params) if reference == "step" else None
-    return init_state(objective, optimizer, params, copy), model
+        trained, frozen = lora.fresh(shapes, seed=0), params
+    zeros = jax.eval_shape(optimizer.init, trained)
+    placed = TrainState(
+        step=parallel.replicate(jnp.int32(0)),
+        params=parallel.replicate(trained),
+        reference=None,
+        opt_state=jax.tree.map(lambda leaf: parallel.replicate(np.zeros(leaf.shape, leaf.dtype)), zeros),
+        loss_state=parallel.replicate(objective.initial_state()),
+    )
+    return model, placed if frozen is None else dataclasses.replace(placed, reference=parallel.replicate(frozen))
 
 
 def matmul_rate(dtype: str) -> float:
