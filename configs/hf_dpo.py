@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.data.update(prompt_length=128, answer_length=128, batch_size=4)
     config.model.update(context_length=256, remat="full", unroll=1)  # sizes are those of init.hf
     config.optim.update(learning_rate=1e-5, warmup_steps=10, b2=0.999)
-    config.train.update(epochs=1.0, head_chunk=256, log_every=1)
+    config.train.update(epochs=1.0, head_chunk=128, log_every=1)
     config.eval.update(every=100, examples=32)
     config.checkpoint.update(every=100, keep=1)
     return config

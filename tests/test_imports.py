@@ -76,7 +76,7 @@ OURS_ABOVE = {"configs", "experiments", "tests"}
 # Formats that run code when they are read, and frameworks that the project does without.
 BANNED_IMPORTS = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "tensorflow", "torch"}
 # Workers that run in another framework's environment, and are started there as processes.
-PEERS = {"experiments.speed.trl_worker"}
+PEERS = {"experiments.speed.trl_worker", "experiments.speed.generate_worker"}
 COMPILERS = {"jit", "pjit", "pmap", "shard_map", "xmap"}
 
 Sources = Mapping[str, str]  # dotted module name -> its text

@@ -18,6 +18,7 @@ from dpo_jax import lora
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, pad_rows, split_targets
+from dpo_jax.data.pipeline import mismatch
 from dpo_jax.logprobs import target_scores
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import init_params
@@ -52,7 +53,7 @@ class Settings:
     reference: str = "step"
     row_length: int = 768
     remat: str = "none"
-    head_chunk: int = 512
+    head_chunk: int = 128
     cache: str | None = None
     loss: str = "dpo"
 
@@ -67,13 +68,16 @@ class Worker:
         params = pretrained.params(model)
         self.parallel = DataParallel(jax.local_devices()[:1])
         examples = work.load(Path(settings.batches))
-        self.shape = work.shape_of(
-            examples, row_length=settings.row_length, with_reference=settings.reference == "store"
+        objective, numbers = make_objective(settings.loss, {"beta": 0.1} if settings.loss == "dpo" else {})
+        self.objective = objective
+        shape = work.shape_of(examples, row_length=settings.row_length)
+        self.shape = dataclasses.replace(
+            shape, with_prompt=objective.needs_prompt, with_reference=settings.reference == "store"
         )
         self.rows = max(len(self._lay_out(batch, rows=None).tokens_RL) for batch in map(_blank, examples))
+        self.reference_seconds = 0.0
         if settings.reference == "store":
             examples = self._with_stored_reference(model, params, examples)
-        objective, numbers = make_objective(settings.loss, {"beta": 0.1} if settings.loss == "dpo" else {})
         optimizer = make_optimizer(b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0)
         model, self.state = _state(self.parallel, objective, optimizer, model, params, settings.reference)
         del params  # from here on there is what lies on the device alone
@@ -87,15 +91,17 @@ class Worker:
 
     def arguments(self, step: int) -> tuple[Any, Any, Any]:
         """What the step reads."""
-        return self.state, self.parallel.shard(PreferenceBatch(self.batches[step]), 1), self.hyper
+        return self.state, self.parallel.shard(self.batches[step], 1), self.hyper
 
     def take(self, step: int) -> float:
         """Takes a step; returns its loss."""
         self.state, metrics = self.step(*self.arguments(step))
         return self.parallel.unreplicate(metrics["loss"]).compute()
 
-    def _batch(self, examples: list[Example]) -> TokenBatch:
-        return self._lay_out(examples, self.rows)
+    def _batch(self, examples: list[Example]) -> PreferenceBatch:
+        answers = self._lay_out(examples, self.rows)
+        others = self._lay_out(mismatch(examples), self.rows) if self.objective.needs_mismatched else None
+        return PreferenceBatch(answers, others)
 
     def _lay_out(self, examples: list[Example], rows: int | None) -> TokenBatch:
         batch = LAYOUTS[self.settings.layout](examples, self.shape)
@@ -104,12 +110,16 @@ class Worker:
     def _with_stored_reference(self, model: Any, params: Params, batches: work.Batches) -> work.Batches:
         """The same pairs with the reference's log-probabilities of their tokens, as a store gives them."""
         plain = dataclasses.replace(self.shape, with_reference=False)
-        score = self.parallel.row_function(lambda p, b: target_scores(model, p, b, 512).logp, "reference")
+        score = self.parallel.row_function(lambda p, b: target_scores(model, p, b, 128).logp, "reference")
         on_device = self.parallel.replicate(params)
         found = []
         for examples in batches:
             batch = pad_rows(LAYOUTS[self.settings.layout](examples, plain), self.rows)
+            if not found:
+                score(on_device, batch)  # compiles
+            begin = time.perf_counter()
             values = split_targets(score(on_device, batch), batch, examples)
+            self.reference_seconds += time.perf_counter() - begin
             found.append([_with_values(e, v) for e, v in zip(examples, values, strict=True)])
         return found
 
@@ -169,8 +179,9 @@ def serve(settings: Settings) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     begin = time.perf_counter()
     worker = Worker(settings)
-    positions = [int(np.size(batch.tokens_RL)) for batch in worker.batches]
-    _say(load_seconds=time.perf_counter() - begin, positions=positions)
+    positions = [int(np.size(batch.answers.tokens_RL)) for batch in worker.batches]
+    load_seconds = time.perf_counter() - begin
+    _say(load_seconds=load_seconds, positions=positions, reference_seconds=worker.reference_seconds)
     for line in sys.stdin:
         if line.startswith("rate"):
             _say(rate=matmul_rate(settings.dtype))

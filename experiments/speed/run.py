@@ -95,7 +95,48 @@ VARIANTS = (
 
 
 class Process:
-    """A worker: a process that takes a step when it is told to."""
+    """A worker: a process that answers each line with one of its own.
+
+    Args:
+      name: of what it measures.
+      command: that starts it.
+      environment: variables of its own.
+      log: file that takes what else it says.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self.name = name
+        everything = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", **environment}
+        with open(log, "a", encoding="utf-8") as file:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=everything
+            )
+        self.ready = self._read()
+        logging.info("%s: ready, %s", name, {k: v for k, v in self.ready.items() if k != "positions"})
+
+    def ask(self, line: str) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("@"):
+                return json.loads(line[1:])
+        raise OSError(f"the worker of {self.name} ended; workers.log says why")
+
+
+class Runner(Process):
+    """The worker of a variant, which takes a step when it is told to."""
 
     def __init__(self, variant: Variant, common: dict[str, Any], trl_python: str, out: Path) -> None:
         self.variant = variant
@@ -107,40 +148,14 @@ class Process:
             command = [trl_python, script, json.dumps({**settings, "out": str(out / "trl")})]
         else:
             command = [sys.executable, "-m", "experiments.speed.ours", json.dumps({**common, **settings})]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", **variant.environment}
-        with open(out / "workers.log", "a", encoding="utf-8") as log:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
-        self.ready = self._read()
-        logging.info("%s: ready, %s", variant.name, {k: v for k, v in self.ready.items() if k != "positions"})
+        super().__init__(variant.name, command, variant.environment, out / "workers.log")
 
     def step(self, number: int) -> None:
-        self.steps.append(self._ask(str(number)))
-        logging.info("%s: step %d, %s", self.variant.name, number, self.steps[-1])
+        self.steps.append(self.ask(str(number)))
+        logging.info("%s: step %d, %s", self.name, number, self.steps[-1])
 
     def rate(self) -> None:
-        self.rates.append(self._ask("rate")["rate"])
-
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-        assert self._process.stdout is not None
-        self._process.stdout.close()
-
-    def _ask(self, line: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("@"):
-                return json.loads(line[1:])
-        raise OSError(f"the worker of {self.variant.name} ended; workers.log says why")
+        self.rates.append(self.ask("rate")["rate"])
 
 
 def measure(groups: Sequence[Sequence[Variant]], common: dict[str, Any], trl_python: str, out: Path) -> Iterator[Any]:
@@ -150,7 +165,7 @@ def measure(groups: Sequence[Sequence[Variant]], common: dict[str, Any], trl_pyt
     """
     batches = work.load(Path(common["batches"]))
     for number, group in enumerate(groups):
-        workers = [Process(variant, common, trl_python, out) for variant in group]
+        workers = [Runner(variant, common, trl_python, out) for variant in group]
         for step in range(len(batches)):
             # Each round begins with another worker.
             for worker in workers[step % len(workers) :] + workers[: step % len(workers)]:
@@ -243,8 +258,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("steps", 6, "steps that count, after the first")
     flags.DEFINE_integer("positions", 768, "positions of a step's pairs, prompts laid once: about 4 pairs")
     flags.DEFINE_integer("row_length", 768, "positions of a packed row")
-    flags.DEFINE_integer("head_chunk", 512, "targets whose logits exist at a time")
-    flags.DEFINE_string("remat", "none", "what layers keep for the backward pass")
+    flags.DEFINE_integer("head_chunk", 128, "targets whose logits exist at a time")
+    flags.DEFINE_string("remat", "dots", "what layers keep for the backward pass")
     flags.DEFINE_integer("together", 3, "processes alive at a time; memory is what limits it")
     flags.DEFINE_multi_string("only", [], "name of a variant to measure; all, where it is not given")
     flags.DEFINE_bool("no_trl", False, "measure our own variants only")

@@ -25,19 +25,18 @@ def markdown(result: dict[str, Any]) -> str:
         f"{result['model']}: {count} steps, {sum(useful['pairs'][1:])} pairs, {sum(useful['tokens'][1:])} useful "
         f"tokens; matrix products at best {positions_limit}; load of the machine {min(loads):.1f} to {max(loads):.1f}.",
         "",
-        "| variant | pairs/s | useful tokens/s | × TRL | × TRL, processor time | positions per useful token | share of "
-        "the limit | peak memory, GiB | first step, s more | losses as TRL |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| variant | pairs/s | useful tokens/s | × TRL | × TRL, processor time | × TRL, with the reference's pass | "
+        "positions per useful token | share of the limit | peak memory, GiB | first step, s more | losses as TRL |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for v in variants:
-        seconds, cpu = (sum(step[key] for step in v["steps"][1:]) for key in ("seconds", "cpu_seconds"))
+        seconds, cpu = (_counted(v, key) for key in ("seconds", "cpu_seconds"))
+        epoch = seconds + v["ready"]["reference_seconds"] * sum(useful["tokens"][1:]) / sum(useful["tokens"])
         peer = base.get(v["group"])
-        ratios = ["–", "–"]
+        ratios = ["–"] * 3
         if peer is not None:
-            ratios = [
-                f"{sum(s[key] for s in peer['steps'][1:]) / own:.2f}"
-                for key, own in (("seconds", seconds), ("cpu_seconds", cpu))
-            ]
+            pairs = (("seconds", seconds), ("cpu_seconds", cpu), ("seconds", epoch))
+            ratios = [f"{_counted(peer, key) / own:.2f}" for key, own in pairs]
         share = "–"
         if v["passes"] is not None:
             share = f"{100 * v['passes'] * sum(useful['flops'][1:]) / seconds / limits[v['dtype']]:.0f} %"
@@ -54,6 +53,11 @@ def markdown(result: dict[str, Any]) -> str:
         ]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _counted(variant: dict[str, Any], key: str) -> float:
+    """Sum over the steps that count: all but the first."""
+    return sum(step[key] for step in variant["steps"][1:])
 
 
 def agreement(variant: dict[str, Any], peer: dict[str, Any] | None) -> str:

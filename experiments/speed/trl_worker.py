@@ -56,7 +56,11 @@ def main(model: str, batches: str, bf16: bool, tuned: bool, out: str) -> None:
         processing_class=transformers.AutoTokenizer.from_pretrained(model),
         callbacks=[Turns()],
     )
-    say(load_seconds=time.perf_counter() - begin, positions=trainer.positions)
+    say(
+        load_seconds=time.perf_counter() - begin,
+        positions=trainer.positions,
+        reference_seconds=trainer.reference_seconds,
+    )
     trainer.train()
 
 
@@ -64,8 +68,14 @@ class Trainer(trl.DPOTrainer):
     """Reads token ids that are there already, in the order and the batches given."""
 
     def __init__(self, sizes, **settings):
-        self.sizes = sizes
+        self.sizes, self.reference_seconds = sizes, 0.0
         super().__init__(**settings)
+
+    def _precompute_ref_logps(self, *args, **kwargs):
+        begin = time.perf_counter()
+        dataset = super()._precompute_ref_logps(*args, **kwargs)
+        self.reference_seconds = time.perf_counter() - begin
+        return dataset
 
     def _prepare_dataset(self, dataset, *args, **kwargs):
         return dataset

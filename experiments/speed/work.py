@@ -68,7 +68,7 @@ def tokens(batch: Sequence[Example]) -> int:
     return sum(len(e.prompt) + len(a.tokens) for e in batch for a in e.answers)
 
 
-def shape_of(batches: Batches, *, row_length: int, with_reference: bool) -> Shape:
+def shape_of(batches: Batches, *, row_length: int) -> Shape:
     """The smallest that all pairs fit into, rounded up to multiples of 32 tokens."""
     examples = list(itertools.chain(*batches))
     prompt = max(len(e.prompt) for e in examples)
@@ -79,7 +79,6 @@ def shape_of(batches: Batches, *, row_length: int, with_reference: bool) -> Shap
         answer_length=-(-answer // 32) * 32,
         row_length=row_length,
         row_examples=max(map(len, batches)),
-        with_reference=with_reference,
     )
 
 
@@ -101,7 +100,7 @@ def load(path: Path) -> Batches:
 def _example(uid: int, pair: dict[str, Any]) -> Example:
     answers = (np.array(tokens, np.int32) for tokens in pair["answers"])
     chosen, rejected = (
-        Answer(tokens, np.ones(len(tokens), np.float32), role)
+        Answer(tokens, np.ones(len(tokens), np.float32), role, score=float(role == CHOSEN))
         for tokens, role in zip(answers, (CHOSEN, REJECTED), strict=True)
     )
     return Example(uid, np.array(pair["prompt"], np.int32), (chosen, rejected))

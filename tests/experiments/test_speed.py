@@ -12,7 +12,7 @@ import pytest
 from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.layouts import Shape
 from dpo_jax.models import init_params, make_model
-from experiments.speed import run, work
+from experiments.speed import losses, run, sampling, work
 from experiments.speed.flops import dot_flops, largest_array
 from experiments.speed.ours import Settings, Worker
 from experiments.speed.table import agreement, markdown
@@ -49,8 +49,9 @@ def test_a_step_does_the_products_that_the_formula_counts(worker: Worker) -> Non
     body = layers * (2 * matrices * ROW + 4 * heads * size * ROW**2)
     chunk = -(-len(batch.answers.target_RM[0, 0]) // -(-len(batch.answers.target_RM[0, 0]) // CHUNK))
     head = 2 * VOCAB * width * chunk * trips
+    statistics = 2 * 2 * VOCAB * chunk * trips  # entropy and collision
     # Policy forward, reference, and twice as much backward; the head's logits are computed once more there.
-    assert dot_flops(jaxpr, trips) == 4 * body + 5 * head
+    assert dot_flops(jaxpr, trips) == 4 * body + 5 * head + 2 * statistics
     # What attention keeps for the backward pass; nothing grows with targets × vocabulary.
     assert largest_array(jaxpr) == layers * heads * ROW**2
 
@@ -89,3 +90,21 @@ def test_a_row_with_other_losses_does_not_count() -> None:
     row = {"dtype": "fp32", "passes": 4, "steps": [{"loss": 0.7}]}
     assert agreement(row, {"steps": [{"loss": 0.7001}]}) == "1e-04"
     assert "does not count" in agreement(row, {"steps": [{"loss": 0.71}]})
+
+
+def test_a_loss_costs_its_median_share_of_dpo() -> None:
+    text = losses.table({"dpo": [1.0, 2.0, 4.0, 1.0, 1.0], "kto": [2.0, 4.0, 4.0, 2.0, 5.0]})
+    # 2, 2, 1, 2 and 5 times dpo in the same round.
+    assert "| dpo | 1.00 | 1.00 to 1.00 |" in text
+    assert "| kto | 2.00 | 1.50 to 3.50 |" in text
+
+
+def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
+    # orpo reads the prompt's log-probability, kto the answers of other examples.
+    for name in ("orpo", "kto"):
+        assert np.isfinite(Worker(Settings(**common, layout="shared_prefix", loss=name)).take(0))  # type: ignore[arg-type]
+
+
+def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, object]) -> None:
+    sample = sampling.our_sampler(str(common["model"]), [[1, 2, 3], [4]], 5, "float32")
+    assert sample() == 2 * 5
