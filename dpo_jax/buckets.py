@@ -60,6 +60,9 @@ def fetched(path: str | os.PathLike[str]) -> Path:
             raise FileNotFoundError("there is nothing of that name")
         for top in found:
             _fetch(top, place.parent / top.name)
+        for stale in set(place.parent.glob(place.name)) - {place.parent / top.name for top in found}:
+            if stale.is_file():
+                stale.unlink()
     return place
 
 

@@ -115,8 +115,9 @@ class Logbook:
 
     def report(self) -> None:
         """Says how fast it went."""
-        for name, rate in self.meter.total().items():
-            logging.info("%s: %.3g", name.replace("_", " "), rate)
+        rates = self.meter.total()
+        if rates:
+            logging.info("%s", ", ".join(f"{name.replace('_', ' ')} {rate:.3g}" for name, rate in rates.items()))
 
     def _write_window(self, step: int) -> None:
         numbers = metrics_lib.compute(self._window or {})

@@ -256,6 +256,11 @@ def test_files_folders_and_globs_are_fetched(store: Store, tmp_path: Path) -> No
     assert (folder / "deep" / "d.jsonl").stat().st_mtime_ns == times[folder / "deep" / "d.jsonl"]
     with pytest.raises(OSError, match="cannot read gs://bucket/nothing: there is nothing of that name; look at"):
         buckets.fetched(f"{BUCKET}/nothing")
+    assert [path.name for path in find_files(f"{BUCKET}/data/*.jsonl")] == ["a.jsonl"]
+    store.put(f"{BUCKET}/data/b.jsonl", b"")
+    find_files(f"{BUCKET}/data/*.jsonl")
+    store.put(f"{BUCKET}/data/b.jsonl", None)
+    assert [path.name for path in find_files(f"{BUCKET}/data/*.jsonl")] == ["a.jsonl"]
     assert buckets.fetched("~/here/x*.json") == Path("~/here/x*.json")
 
 
