@@ -112,6 +112,12 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
     return store
 
 
+@pytest.fixture(scope="module")
+def shared() -> Shared:
+    """What the runs of these tests compile, once for all of them."""
+    return Shared()
+
+
 class Crash(Exception):
     """What no run expects."""
 
@@ -150,9 +156,8 @@ def states(store: Store) -> Iterator[Store]:
         yield past
 
 
-def test_a_run_in_a_bucket_is_killed_and_goes_on(store: Store, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_in_a_bucket_is_killed_and_goes_on(store: Store, shared: Shared, tmp_path: Path, monkeypatch) -> None:
     tiny_run.write_data(tmp_path / "data")
-    shared = Shared()
     train.run(make_config(tmp_path / "data"), tmp_path / "whole", shared)
 
     store.put_folder(f"{BUCKET}/examples", tmp_path / "data" / "examples")
@@ -174,9 +179,9 @@ def test_a_run_in_a_bucket_is_killed_and_goes_on(store: Store, tmp_path: Path, m
     assert train.run(config, RUN, shared) == pytest.approx(summary, nan_ok=True, abs=0, rel=0)  # finished, and says so
 
 
-def test_every_state_of_the_bucket_is_one_to_go_on_from(store: Store, tmp_path: Path) -> None:
+def test_every_state_of_the_bucket_is_one_to_go_on_from(store: Store, shared: Shared, tmp_path: Path) -> None:
     tiny_run.write_data(tmp_path / "data")
-    train.run(make_config(tmp_path / "data"), RUN)
+    train.run(make_config(tmp_path / "data"), RUN, shared)
     newest = []
     for number, past in enumerate(states(store)):
         if not any(name.endswith("manifest.json") for name in past.objects):
@@ -264,15 +269,14 @@ def test_files_folders_and_globs_are_fetched(store: Store, tmp_path: Path) -> No
     assert buckets.fetched("~/here/x*.json") == Path("~/here/x*.json")
 
 
-def test_the_policy_of_a_run_in_a_bucket_is_where_another_starts(store: Store, tmp_path: Path) -> None:
+def test_the_policy_of_a_run_in_a_bucket_is_where_another_starts(store: Store, shared: Shared, tmp_path: Path) -> None:
     tiny_run.write_data(tmp_path / "data")
-    shared = Shared()
-    train.run(make_config(tmp_path / "data", **{"train.steps": 2, "optim.warmup_steps": 0}), RUN, shared)
+    train.run(make_config(tmp_path / "data"), RUN, shared)
     here = store.to_folder(RUN, tmp_path / "here")
-    found = {}
-    for place in (RUN, str(here)):
-        config = make_config(tmp_path / "data", **{"init.run": place, "train.steps": 2, "optim.warmup_steps": 0})
-        found[place] = train.run(config, tmp_path / f"run{len(found)}", shared)
+    found = {
+        place: train.run(make_config(tmp_path / "data", **{"init.run": place}), tmp_path / f"run{number}", shared)
+        for number, place in enumerate((RUN, str(here)))
+    }
     assert found[RUN] == found[str(here)]
 
 

@@ -68,7 +68,7 @@ start() {
     # The image holds the code alone: packages are installed when a host starts.
     on_cluster workload create --workload="$name" --tpu-type="$type" --num-slices="$slices" --max-restarts="$restarts" \
         --base-docker-image="$image" --script-dir="$tree" \
-        --command="pip install --quiet -r requirements.lock -r requirements-tpu.txt 'jax[tpu]' && $(quoted "${command[@]}")"
+        --command="pip install --quiet -r requirements.lock -r requirements-tpu.txt jax[tpu] && $(quoted "${command[@]}")"
 }
 
 logs() {
