@@ -23,7 +23,7 @@ from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
 from dpo_jax.models import init_params, logical_axes
 from dpo_jax.optim import make_optimizer
-from dpo_jax.parallel import DataParallel, MeshParallel, Parallel
+from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
 from dpo_jax.sharding import mesh_shape
 from dpo_jax.start import make_start_model
 from dpo_jax.steps import Axis, Hyper, Scorer, StepConfig, TrainState, init_state, make_train_step
@@ -227,7 +227,7 @@ def fresh_state(parts: Parts, params: Params, adapters: Params | None = None) ->
     reference = _reference(parts, params)
     if not is_adapted(parts):
         # A copy: the policy's buffers are reused by every step, the reference's stay.
-        reference = jax.tree.map(np.array, reference)
+        reference = copied(reference)
     return _state(parts, params, reference, adapters)
 
 

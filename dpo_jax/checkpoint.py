@@ -1,8 +1,7 @@
-"""Checkpoints of a run: its whole state as Orbax arrays, and beside it what the state is a state of.
+"""Checkpoints of a run: which are kept, when they are written, and which is gone on from.
 
-A checkpoint is written beside its place, sealed with a manifest of hashes, and renamed into place: it is there whole or
-not at all. What is read is compared with its hashes, file by file and array by array, since Orbax restores a flipped
-bit without a word.
+A checkpoint (dpo_jax/snapshot.py) is written beside its place, sealed, and renamed into place: it is there whole or not
+at all.
 """
 
 from __future__ import annotations
@@ -12,27 +11,22 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
-from orbax.checkpoint import args as ocp_args
 
-from dpo_jax.integrity import DamagedError, hash_leaves, seal, sync, verify
-from dpo_jax.trees import describe, named_leaves
+from dpo_jax import processes
+from dpo_jax.hashing import hash_leaves, spans_processes
+from dpo_jax.integrity import DamagedError, sync
+from dpo_jax.snapshot import META_FILE, Admit, Saved, copy_to_host, newest_saved, read, steps_in, write
 
 FOLDER = "checkpoints"
-META_FILE, STATE_FOLDER = "meta.json", "state"
 _INCOMPLETE, _REMOVED, _DAMAGED = ".incomplete-", ".removed-", "damaged-"
-
-Admit = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -69,7 +63,8 @@ class Checkpoints:
     Args:
       workdir: the run's folder.
       retention: which checkpoints stay.
-      writes: whether this process, of those of the run, is the one that writes; the others only read.
+      writes: whether this process, of those of the run, is the one that keeps the folder in order. The others only
+        read, and write their parts of arrays that lie over all processes.
       then: called in the background when a checkpoint is on the disk.
 
     Attributes:
@@ -106,20 +101,22 @@ class Checkpoints:
 
         Args:
           step: updates done; also the position in the data, whose batches are a function of (seed, step).
-          state: a pytree of arrays on the host.
+          state: a pytree of arrays, on the host or over devices. Those over several processes are saved when all call.
           meta: what is needed to know what the state belongs to; JSON values.
           score: what ``Retention.best`` compares.
 
         Raises:
           OSError: the save before this one has failed: no room or no permission.
         """
-        if not self._writes:
+        together = spans_processes(state)
+        if not (self._writes or together):
             return
         self.wait()
         begin = time.monotonic()
-        # A copy: on CPUs a host array may be the very buffer that the next step reuses.
-        state = jax.tree.map(np.array, state)
-        self._pending = self._pool.submit(self._save, step, state, {**meta, "score": score})
+        state = copy_to_host(state)
+        # Processes add their hashes up by a program of their devices, which the steps must not come between.
+        hashes = hash_leaves(state) if together else None
+        self._pending = self._pool.submit(self._save, step, state, {**meta, "score": score}, hashes)
         self.blocked += time.monotonic() - begin
 
     def wait(self) -> None:
@@ -141,7 +138,7 @@ class Checkpoints:
     def restore_newest(
         self, like: Any, admit: Admit | None = None, *, stop_at_damage: bool = False
     ) -> tuple[Any, dict[str, Any]] | None:
-        """Reads the newest checkpoint that is whole; damaged ones are named and set aside.
+        """Reads the newest checkpoint that is whole; damaged ones are named and set aside. All processes must call.
 
         Args:
           like: as of :func:`read`.
@@ -155,8 +152,9 @@ class Checkpoints:
           ValueError: the checkpoint is of another model or another run.
           DamagedError: it is damaged, and so are all before it, or ``stop_at_damage`` is set.
         """
-        steps = steps_in(self.folder)
-        for step in reversed(steps):
+        found = steps_in(self.folder)
+        # The first process tells the step, since it sets damaged checkpoints aside.
+        while (step := processes.told_by_first(lambda: max(steps_in(self.folder), default=-1))) >= 0:
             try:
                 return self.restore(step, like, admit)
             except DamagedError as error:
@@ -165,11 +163,12 @@ class Checkpoints:
                         f"the checkpoint of step {step} is damaged: {error}. Bring it back from a copy, or let the run "
                         "go on from an earlier one: config.checkpoint.on_damage=fall_back"
                     ) from error
-                moved = self._set_aside(step)
-                logging.error("The checkpoint of step %d is damaged: %s. It is kept as %s.", step, error, moved)
-        if steps:
+                if self._writes:
+                    moved = self._set_aside(step)
+                    logging.error("The checkpoint of step %d is damaged: %s. It is kept as %s.", step, error, moved)
+        if found:
             raise DamagedError(
-                f"no checkpoint in {self.folder} is whole: steps {steps} are damaged, and kept as {_DAMAGED}*. Bring "
+                f"no checkpoint in {self.folder} is whole: steps {found} are damaged, and kept as {_DAMAGED}*. Bring "
                 "one back from a copy, or choose another --workdir to start anew"
             )
         return None
@@ -189,15 +188,18 @@ class Checkpoints:
         with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self.close()
 
-    def _save(self, step: int, state: Any, meta: dict[str, Any]) -> None:
+    def _save(self, step: int, state: Any, meta: dict[str, Any], hashes: Mapping[str, str] | None) -> None:
         place, incomplete = self.folder / str(step), self.folder / f"{_INCOMPLETE}{step}"
         with _explained(f"cannot save the checkpoint of step {step} in {self.folder}"):
             try:
-                write(incomplete, state, {**meta, "step": step})
+                write(incomplete, state, {**meta, "step": step}, hashes)
+                if not self._writes:
+                    return
                 incomplete.rename(place)
                 sync(self.folder)
             except BaseException:
-                shutil.rmtree(incomplete, ignore_errors=True)
+                if self._writes:
+                    shutil.rmtree(incomplete, ignore_errors=True)
                 raise
         self._scores[step] = meta["score"]
         self._remove_old()
@@ -220,151 +222,9 @@ class Checkpoints:
         return moved
 
 
-def steps_in(folder: Path) -> list[int]:
-    """Steps of the checkpoints in a folder, rising."""
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isascii() and path.name.isdigit())
-
-
-def write(folder: Path, state: Any, meta: Mapping[str, Any]) -> None:
-    """Writes one sealed checkpoint.
-
-    Args:
-      folder: its place; must not exist, and its parent must.
-      state: a pytree of numpy arrays.
-      meta: JSON values.
-    """
-    folder.mkdir()
-    with _alone(ocp.StandardCheckpointHandler) as checkpointer:
-        checkpointer.save(folder / STATE_FOLDER, args=ocp_args.StandardSave(state))
-    described = {"state": description(state), "sha256": hash_leaves(state)}
-    (folder / META_FILE).write_text(json.dumps({**meta, **described}, indent=1) + "\n", encoding="utf-8")
-    seal(folder)
-
-
-def read(folder: Path, like: Any, step: int, admit: Admit | None = None) -> tuple[Any, dict[str, Any]]:
-    """Reads one checkpoint, and compares it with its hashes.
-
-    Args:
-      folder: where ``write`` wrote.
-      like: a pytree of arrays (or their shapes) of the structure that is expected.
-      step: the step that it must be of.
-      admit: looks at the meta, and raises ValueError when the checkpoint is another run's.
-
-    Returns:
-      (state of numpy arrays, meta).
-
-    Raises:
-      DamagedError: it is not what was written.
-      ValueError: it holds another structure, other shapes or dtypes; both sides are listed.
-    """
-    meta = read_meta(folder, step)
-    if admit is not None:
-        admit(meta)
-    _check_structure(meta["state"], description(like), folder)
-    template = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), like)
-    with _damage(folder), _alone(ocp.StandardCheckpointHandler) as checkpointer:
-        state = checkpointer.restore(folder / STATE_FOLDER, args=ocp_args.StandardRestore(template))
-    _check_hashes(hash_leaves(state), meta["sha256"], folder)
-    return state, meta
-
-
-def read_meta(folder: Path, step: int) -> dict[str, Any]:
-    """The meta of a checkpoint whose files are what was written.
-
-    Raises:
-      DamagedError: they are not, or it is the checkpoint of another step.
-    """
-    verify(folder)
-    with _damage(folder):
-        meta = json.loads((folder / META_FILE).read_text(encoding="utf-8"))
-        found = int(meta["step"])
-    if found != step:
-        raise DamagedError(f"{folder} holds the checkpoint of step {found}")
-    return meta
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A run's newest checkpoint, whose files are what was written.
-
-    Attributes:
-      folder: where it is.
-      meta: what stands beside the state.
-    """
-
-    folder: Path
-    meta: Mapping[str, Any]
-
-    def params(self, like: Any) -> Any:
-        """What was trained, without its optimizer.
-
-        Args:
-          like: a pytree of shapes of the parameters that are expected.
-
-        Raises:
-          ValueError: it holds another model.
-          DamagedError: it is not what was written.
-        """
-        saved, hashes = (_of_params(self.meta[key]) for key in ("state", "sha256"))
-        _check_structure(saved, description({"params": like}), self.folder)
-        template = {"params": jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), like)}
-        with _damage(self.folder), _alone(ocp.PyTreeCheckpointHandler) as checkpointer:
-            restored = checkpointer.restore(
-                self.folder / STATE_FOLDER,
-                args=ocp_args.PyTreeRestore({"params": like}, restore_args=template, partial_restore=True),
-            )
-        _check_hashes(hash_leaves(restored), hashes, self.folder)
-        return restored["params"]
-
-    def names(self) -> list[str]:
-        """Paths of what was trained."""
-        return [name.removeprefix("params/") for name in _of_params(self.meta["state"])]
-
-
 def open_newest(workdir: Path) -> Saved:
-    """The newest checkpoint of another run.
-
-    Raises:
-      ValueError: there is none.
-      DamagedError: it is not what was written.
-    """
-    folder = Path(workdir).absolute() / FOLDER
-    steps = steps_in(folder)
-    if not steps:
-        mend = "train that run first, or point init.run at the workdir of a finished one"
-        raise ValueError(f"no complete checkpoint in {folder}: {mend}")
-    newest = folder / str(steps[-1])
-    return Saved(newest, _meta_of_init(newest, steps))
-
-
-def description(tree: Any) -> dict[str, str]:
-    """Dtype and shape of every array by path: ``{'params/kernel': 'float32[4,192]', …}``."""
-    return {name: describe(leaf) for name, leaf in named_leaves(tree).items()}
-
-
-def _of_params(by_name: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in by_name.items() if name.startswith("params/")}
-
-
-def _alone(handler: Callable[..., Any]) -> ocp.Checkpointer:
-    """Orbax in this process, whatever the others are doing: it would wait for them."""
-    own = jax.process_index()
-    options = ocp.options.MultiprocessingOptions(
-        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"process_{own}"
-    )
-    return ocp.Checkpointer(handler(multiprocessing_options=options), multiprocessing_options=options)
-
-
-def _meta_of_init(newest: Path, steps: Sequence[int]) -> dict[str, Any]:
-    try:
-        return read_meta(newest, steps[-1])
-    except DamagedError as error:
-        raise DamagedError(
-            f"the checkpoint of step {steps[-1]} in {newest.parent} is damaged: {error}. Train that run again, or "
-            f"remove the folder {newest.name} to take an earlier one (there are {len(steps) - 1})"
-        ) from error
+    """The newest checkpoint of another run; see :func:`dpo_jax.snapshot.newest_saved`."""
+    return newest_saved(Path(workdir).absolute() / FOLDER)
 
 
 def _score_of(folder: Path) -> float | None:
@@ -373,37 +233,6 @@ def _score_of(folder: Path) -> float | None:
     except (OSError, ValueError, KeyError, TypeError):
         return None  # damaged; whoever restores it says so
     return score if isinstance(score, int | float) else None
-
-
-def _check_hashes(got: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
-    changed = sorted(name for name in expected.keys() | got.keys() if got.get(name) != expected.get(name))
-    if changed:
-        raise DamagedError(f"{folder}: {len(changed)} arrays are not what was saved, the first is {changed[0]}")
-
-
-def _check_structure(got: Mapping[str, str], expected: Mapping[str, str], folder: Path) -> None:
-    lines = [f"  only in the checkpoint: {n} {got[n]}" for n in got if n not in expected]
-    lines += [f"  only in this run: {n} {expected[n]}" for n in expected if n not in got]
-    lines += [
-        f"  {n}: the checkpoint has {got[n]}, this run {expected[n]}"
-        for n in got
-        if n in expected and got[n] != expected[n]
-    ]
-    if lines:
-        shown = lines[:20] + ([f"  … and {len(lines) - 20} more"] if len(lines) > 20 else [])
-        raise ValueError(
-            "\n".join([f"the checkpoint {folder} is of another model, loss or optimizer:", *shown])
-            + "\nuse the config that it was made with, or start in a new workdir"
-        )
-
-
-@contextlib.contextmanager
-def _damage(folder: Path) -> Any:
-    """What libraries raise for broken files, in many types, is damage."""
-    try:
-        yield
-    except Exception as error:
-        raise DamagedError(f"{folder} cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Content hashes of arrays and folders: storage may return other bytes than it was given, without a word."""
+"""Sealed folders: storage may return other bytes than it was given, without a word."""
 
 from __future__ import annotations
 
@@ -8,37 +8,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from dpo_jax.trees import describe, named_leaves
-
 MANIFEST = "manifest.json"
 
 
 class DamagedError(OSError):
     """Something on disk is not what was written."""
-
-
-def hash_leaves(tree: Any) -> dict[str, str]:
-    """sha256 of every array with its dtype and shape, by path.
-
-    Args:
-      tree: a pytree of numpy arrays.
-
-    Returns:
-      ``{'params/decoder/kernel': hexadecimal, …}``.
-    """
-    return {name: _hash_array(np.asarray(leaf)) for name, leaf in named_leaves(tree).items()}
-
-
-def hash_tree(tree: Any) -> str:
-    """One sha256 over all arrays of a pytree and their names, hexadecimal."""
-    return combine(hash_leaves(tree))
-
-
-def combine(hashes: dict[str, str]) -> str:
-    """One sha256 over named hashes, whatever their order, hexadecimal."""
-    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()
 
 
 def seal(folder: Path) -> None:
@@ -50,16 +24,19 @@ def seal(folder: Path) -> None:
     Raises:
       OSError: it cannot be written.
     """
-    (folder / MANIFEST).write_text(_to_text(_describe_files(folder)), encoding="utf-8")
+    (folder / MANIFEST).write_text(
+        _to_text({name: _describe_file(folder / name) for name in _files(folder)}), encoding="utf-8"
+    )
     for path in [*folder.rglob("*"), folder]:
         sync(path)
 
 
-def verify(folder: Path) -> None:
+def verify(folder: Path, share: tuple[int, int] = (0, 1)) -> None:
     """Compares a sealed folder with its manifest: every byte of every file, and that there is no file beside them.
 
     Args:
       folder: that was sealed.
+      share: (index, count) of this process among those that compare a part of the files' bytes each.
 
     Raises:
       DamagedError: a file is missing, foreign or changed; the message names it.
@@ -78,7 +55,7 @@ def verify(folder: Path) -> None:
         raise DamagedError(f"{folder / MANIFEST} is missing or damaged: {error}") from error
     if not whole:
         raise DamagedError(f"{folder / MANIFEST} is damaged")
-    _compare(folder, expected)
+    _compare(folder, expected, share)
 
 
 def sync(path: Path) -> None:
@@ -90,23 +67,26 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _compare(folder: Path, expected: dict[str, Any]) -> None:
-    try:
-        found = _describe_files(folder)
-    except OSError as error:
-        raise DamagedError(f"{folder} cannot be read: {error}") from error
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found:
+def _compare(folder: Path, expected: dict[str, Any], share: tuple[int, int]) -> None:
+    names, (index, count) = _files(folder), share
+    for name in sorted(expected.keys() | set(names)):
+        if name not in names:
             raise DamagedError(f"{folder / name} is missing")
         if name not in expected:
             raise DamagedError(f"{folder / name} is a file that does not belong there")
-        if found[name] != expected[name]:
-            raise DamagedError(f"{folder / name} is damaged: it has {found[name]}, expected {expected[name]}")
+    for name in names[index::count]:
+        try:
+            found = _describe_file(folder / name)
+        except OSError as error:
+            raise DamagedError(f"{folder} cannot be read: {error}") from error
+        if found != expected[name]:
+            raise DamagedError(f"{folder / name} is damaged: it has {found}, expected {expected[name]}")
 
 
-def _describe_files(folder: Path) -> dict[str, Any]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST]
-    return {path.relative_to(folder).as_posix(): _describe_file(path) for path in paths}
+def _files(folder: Path) -> list[str]:
+    """Names of the files that a manifest lists, sorted."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
@@ -117,10 +97,3 @@ def _describe_file(path: Path) -> dict[str, Any]:
 
 def _to_text(files: dict[str, Any]) -> str:
     return json.dumps(files, sort_keys=True, indent=1) + "\n"
-
-
-def _hash_array(array: np.ndarray) -> str:
-    digest = hashlib.sha256(describe(array).encode())
-    # Bytes: not every dtype (bfloat16) can hand out its buffer.
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()

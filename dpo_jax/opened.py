@@ -17,7 +17,7 @@ from dpo_jax.build import build, check_examples, is_adapted, make_parallel, make
 from dpo_jax.config import Config
 from dpo_jax.data.pipeline import source_fingerprint
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
-from dpo_jax.integrity import hash_tree
+from dpo_jax.hashing import hash_tree
 from dpo_jax.parallel import check_divides
 from dpo_jax.shared import Shared, program_key
 from dpo_jax.start import start_params

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import jax_utils
 from jax.experimental import mesh_utils, multihost_utils
@@ -66,6 +67,14 @@ class DataParallel:
     def unreplicate(self, tree: Any) -> Any:
         """One copy, on the host."""
         return jax.tree.map(lambda a: np.asarray(a.addressable_data(0))[0], tree)
+
+    def once(self, tree: Any) -> Any:
+        """Each array once, to be saved: a copy on the host."""
+        return self.unreplicate(tree)
+
+    def targets(self, shapes: Any) -> Any:
+        """Where what has been saved is to be read to: the host, from where ``replicate`` takes it."""
+        return shapes
 
     def shard(self, batch: Any, micro_batches: int) -> Any:
         """This process's rows [R, …] → [devices, micro-batches, R / (devices · micro-batches), …], in order."""
@@ -220,12 +229,20 @@ class MeshParallel:
         return jax.tree.map(self._sharding, self.placement.of(tree))
 
     def replicate(self, tree: Any) -> Any:
-        """Places a tree; each device gets its part. Processes must hold the same."""
+        """Places a tree; each device gets its part. What lies there already stays. Processes must hold the same."""
         return jax.tree.map(_place, tree, self.shardings(tree))
 
     def unreplicate(self, tree: Any) -> Any:
         """All parts put together, on the host."""
         return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
+
+    def once(self, tree: Any) -> Any:
+        """Each array once, to be saved: as it lies over the devices; nothing is moved."""
+        return tree
+
+    def targets(self, shapes: Any) -> Any:
+        """Where what has been saved is to be read to: each process's parts, straight onto its devices."""
+        return jax.tree.map(_shaped, shapes, self.shardings(shapes))
 
     def shard(self, batch: Any, micro_batches: int) -> Any:
         """This process's rows [R, …] → [micro-batches, rows of all processes / micro-batches, …] over the devices."""
@@ -241,15 +258,11 @@ class MeshParallel:
         """What the train step is called with, as shapes; ``batch`` holds the rows of all processes."""
         split = self._sharding(self.rows_spec)
 
-        def like(a: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-
         def rows(a: Any) -> jax.ShapeDtypeStruct:
             shape = (micro_batches, a.shape[0] // micro_batches, *a.shape[1:])
             return jax.ShapeDtypeStruct(shape, a.dtype, sharding=split)
 
-        placed = [jax.tree.map(like, tree, self.shardings(tree)) for tree in (state, hyper)]
-        return placed[0], jax.tree.map(rows, batch), placed[1]
+        return self.targets(state), jax.tree.map(rows, batch), self.targets(hyper)
 
     def part_shape(self, leaf: Any) -> tuple[int, ...]:
         """Of one of :meth:`shapes`, what a device holds."""
@@ -320,7 +333,22 @@ def _own_rows(mapped: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shard.data)[0] for shard in shards])
 
 
+def copied(tree: Any) -> Any:
+    """A copy of arrays, where they lie."""
+    return jax.tree.map(lambda a: jnp.copy(a) if _is_split(a) else np.array(a), tree)
+
+
+def _is_split(array: Any) -> bool:
+    return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
+
+
+def _shaped(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+
 def _place(array: Any, sharding: NamedSharding) -> jax.Array:
+    if isinstance(array, jax.Array) and array.sharding == sharding:
+        return array
     if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_place(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
     array = np.asarray(array)

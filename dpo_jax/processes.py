@@ -78,6 +78,29 @@ def told_by_first(make: Callable[[], int]) -> int:
     return own if jax.process_count() == 1 else int(multihost_utils.broadcast_one_to_all(np.int32(own)))
 
 
+def any_of(own: bool) -> bool:
+    """Whether it is so in any process; all get the same answer."""
+    if jax.process_count() == 1:
+        return own
+    return bool(np.max(multihost_utils.process_allgather(np.int32(own))))
+
+
+@contextmanager
+def failing_together(kind: type[Exception]) -> Iterator[None]:
+    """Runs a block that may raise in some processes; all of them raise then, so that none waits for the others.
+
+    Args:
+      kind: of the errors.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except kind as raised:
+        error = raised
+    if any_of(error is not None):
+        raise error or kind("another process of this run found it so; its log says more")
+
+
 def _has_tpus() -> bool:
     wanted = os.environ.get("JAX_PLATFORMS", "tpu")
     chips = any(glob.glob(pattern) for pattern in _TPU_FILES)

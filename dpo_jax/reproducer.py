@@ -14,10 +14,10 @@ import numpy as np
 from absl import logging
 
 from dpo_jax import build as builders
-from dpo_jax.checkpoint import read, read_meta, write
 from dpo_jax.config import Config, from_dict, to_json
 from dpo_jax.guards import Finding, first_not_finite, make_probe
 from dpo_jax.parallel import DataParallel
+from dpo_jax.snapshot import read, read_meta, write
 from dpo_jax.steps import TrainState
 from dpo_jax.types import Array, PreferenceBatch, TokenBatch
 

@@ -14,7 +14,7 @@ from dpo_jax.checkpoint import Saved, open_newest
 from dpo_jax.config import Config
 from dpo_jax.convert.peft import read_adapters
 from dpo_jax.convert.pretrained import open_pretrained
-from dpo_jax.integrity import hash_tree
+from dpo_jax.hashing import hash_tree
 from dpo_jax.models import init_params, make_model
 from dpo_jax.parallel import run_compiled
 from dpo_jax.trees import structure_diff

@@ -8,9 +8,7 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-import jax
-import numpy as np
-from jax.experimental import multihost_utils
+from dpo_jax import processes
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, and the same command goes on
@@ -39,9 +37,7 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """Whether any process of the run was asked to stop; all of them get the same answer at the same step."""
-        if jax.process_count() == 1:
-            return self._requested
-        return bool(np.max(multihost_utils.process_allgather(np.int32(self._requested))))
+        return processes.any_of(self._requested)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # no other thread may listen

@@ -36,10 +36,11 @@ from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.evaluate import Evaluator
 from dpo_jax.flops import useful_flops
 from dpo_jax.guards import SKIPPED, Guarded, Watch
-from dpo_jax.integrity import hash_tree
+from dpo_jax.hashing import hash_tree, own_parts
 from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Compilations, Meter
 from dpo_jax.opened import OpenedRun
+from dpo_jax.parallel import copied
 from dpo_jax.profile import FOLDER as PROFILE_FOLDER
 from dpo_jax.profile import Profile
 from dpo_jax.progress import Progress, duration
@@ -254,7 +255,7 @@ class Trainer(OpenedRun):
                 log.evaluate(prefix, step, dict(evaluator(carry.state, hyper, step)))
 
     def _save(self, checkpoints: Checkpoints, step: int, carry: Guarded, log: Logbook) -> None:
-        state = self.parallel.unreplicate(carry.state)
+        state = self.parallel.once(carry.state)
         self._check_finite(state, checkpoints)
         self._check_reference(state, checkpoints)
         log.sync()
@@ -275,13 +276,14 @@ class Trainer(OpenedRun):
     @staticmethod
     def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
         """Nothing is saved that could not be gone on from."""
-        for name, leaf in named_leaves(state).items():
-            if not np.isfinite(np.asarray(leaf, np.float32)).all():
-                raise FloatingPointError(
-                    f"{name} is not finite after step {int(state.step)}, though loss and gradient were: an update "
-                    f"was too large. Nothing was saved; the last checkpoint is of step {checkpoints.latest_step()}. "
-                    "Lower config.optim.learning_rate, in a new --workdir"
-                )
+        wrong = [name for name, leaf in named_leaves(state).items() if not _is_finite(leaf)]
+        if processes.any_of(bool(wrong)):
+            name = wrong[0] if wrong else "an array of another process"
+            raise FloatingPointError(
+                f"{name} is not finite after step {int(state.step)}, though loss and gradient were: an update was too "
+                f"large. Nothing was saved; the last checkpoint is of step {checkpoints.latest_step()}. Lower "
+                "config.optim.learning_rate, in a new --workdir"
+            )
 
     def _check_reference(self, state: TrainState, checkpoints: Checkpoints) -> None:
         """A reference that is not to move has not moved."""
@@ -300,7 +302,7 @@ class Trainer(OpenedRun):
             params = self.start_params()
             if not self.alone:
                 # A copy: other runs start from the same ones, and the buffers are reused by every step.
-                params = jax.tree.map(np.array, params)
+                params = copied(params)
             adapters = start_adapters(self.config, self.parts.model) if is_adapted(self.parts) else None
             state = fresh_state(self.parts, params, adapters)
             self._reference_hash = None if state.reference is None else hash_tree(state.reference)
@@ -313,14 +315,12 @@ class Trainer(OpenedRun):
         return state, meta["memory"]
 
     def _restore(self, checkpoints: Checkpoints) -> tuple[TrainState, dict[str, Any]] | None:
-        """The newest whole checkpoint. The first process finds it, since it sets damaged ones aside."""
-        like, restored = without_base(self.parts, state_shapes(self.parts)), None
-        admit = lambda meta: workdir.check_identity(meta["identity"], self.identity, checkpoints.folder)  # noqa: E731
-        if processes.first():
-            stop_at_damage = self.config.checkpoint.on_damage == "stop"
-            restored = checkpoints.restore_newest(like, admit, stop_at_damage=stop_at_damage)
-        step = processes.told_by_first(lambda: -1 if restored is None else int(restored[0].step))
-        return checkpoints.restore(step, like, admit) if restored is None and step >= 0 else restored
+        """The newest whole checkpoint."""
+        return checkpoints.restore_newest(
+            self.parallel.targets(without_base(self.parts, state_shapes(self.parts))),
+            lambda meta: workdir.check_identity(meta["identity"], self.identity, checkpoints.folder),
+            stop_at_damage=self.config.checkpoint.on_damage == "stop",
+        )
 
     def _logbook(self, writer: Any, checkpoints: Checkpoints, seat: Seat, compiled: Compilations) -> Logbook:
         return Logbook(
@@ -355,6 +355,11 @@ class Trainer(OpenedRun):
             len(self.parallel.devices),
             f"; continues after step {start}" if start else "",
         )
+
+
+def _is_finite(leaf: Any) -> bool:
+    """Of the parts that this process answers for."""
+    return all(np.isfinite(np.asarray(part, np.float32)).all() for _, part in own_parts(leaf))
 
 
 _NOBODY = -1  # no process has this index

@@ -79,7 +79,7 @@ def results(workdir: Path) -> dict[str, bytes]:
     content = {str(path.relative_to(workdir)): path.read_bytes() for path in files if path.is_file()}
     last = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
     meta = json.loads((workdir / "checkpoints" / str(last) / "meta.json").read_text())
-    return content | {f"{last}/{name}": value.encode() for name, value in meta["sha256"].items()}
+    return content | {f"{last}/{name}": value.encode() for name, value in meta["hashes"].items()}
 
 
 def environment() -> dict[str, str]:
