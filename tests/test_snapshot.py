@@ -10,9 +10,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from dpo_jax.checkpoint import Checkpoints, open_newest
+from dpo_jax.hashing import hash_leaves
 from dpo_jax.integrity import MANIFEST, DamagedError, seal, verify
+from dpo_jax.snapshot import copy_to_host
 from tests.tiny_state import State, assert_equal, files, make_state, restore, save
 
 
@@ -181,3 +185,73 @@ def test_whoever_restores_may_refuse(workdir: Path) -> None:
 def test_parameters_of_no_run_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no complete checkpoint in .*train that run first"):
         open_newest(tmp_path).params(make_state(0).params)
+
+
+# --- over devices ----------------------------------------------------------------------------------------------------
+
+
+def over(axes: tuple[int, int], spec: P, state: Any) -> Any:
+    """Where the leaves of a state lie on a mesh: the kernel split, the rest whole on each device."""
+    mesh = Mesh(np.array(jax.devices()[: axes[0] * axes[1]]).reshape(axes), ("data", "fsdp"))
+    specs = jax.tree.map(lambda a: NamedSharding(mesh, spec if a.ndim == 2 else P()), state)
+    return jax.tree.map(lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), state, specs)
+
+
+def place(state: Any, targets: Any) -> Any:
+    return jax.tree.map(lambda a, t: jax.device_put(a, t.sharding), state, targets)
+
+
+EIGHT = ((2, 4), P("fsdp"))
+TOPOLOGIES = [((1, 4), P(None, "data")), ((2, 2), P("fsdp", "data")), ((1, 1), P()), None]
+
+
+def test_a_state_is_restored_onto_any_devices_from_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8 → 4 → 4 others → 1 → host → 8, to the bit; and never is an array that is split put together on the host."""
+    state = make_state(10)
+    held, hashes = place(state, over(*EIGHT, state)), hash_leaves(state)
+    array = type(held.params["kernel"])
+    fetch = array.__array__
+
+    def fetch_whole_ones(self: jax.Array, *args: Any, **kwargs: Any) -> np.ndarray:
+        assert self.is_fully_replicated, f"{self.sharding} was fetched"
+        return fetch(self, *args, **kwargs)
+
+    with Checkpoints(tmp_path) as checkpoints, monkeypatch.context() as patched:
+        patched.setattr(array, "__array__", fetch_whole_ones)
+        with pytest.raises(AssertionError, match="was fetched"):
+            np.asarray(held.params["kernel"])
+        for step, topology in enumerate([*TOPOLOGIES, EIGHT]):
+            checkpoints.save(step, held, {})
+            checkpoints.wait()
+            like = state if topology is None else over(*topology, state)
+            held, meta = checkpoints.restore(step, like)
+            assert meta["hashes"] == hashes
+            if topology is not None:
+                jax.tree.map(lambda a, b: a.sharding == b.sharding or pytest.fail(str(a.sharding)), held, like)
+    assert_equal(jax.tree.map(np.asarray, held), state)
+
+
+def test_a_save_holds_one_copy_of_the_parts() -> None:
+    """Of what is on the devices, and leaves them for the next step."""
+    state = make_state(10)
+    placed = place(state, over(*EIGHT, state))
+    copy = copy_to_host(placed)
+    for before, after in zip(jax.tree.leaves(placed), jax.tree.leaves(copy), strict=True):
+        assert after.sharding == before.sharding.with_memory_kind("pinned_host")
+        parts = [[part.data for part in a.addressable_shards] for a in (before, after)]
+        assert [part.shape for part in parts[0]] == [part.shape for part in parts[1]]
+        assert {p.unsafe_buffer_pointer() for p in parts[0]}.isdisjoint(p.unsafe_buffer_pointer() for p in parts[1])
+
+
+def test_damage_of_a_part_is_found_on_any_devices(tmp_path: Path) -> None:
+    """Another step's arrays, sealed anew: no device holds more than a quarter of the array that differs."""
+    state = make_state(10)
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (5, 10):
+            checkpoints.save(step, place(make_state(step), over(*EIGHT, state)), {})
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "10" / "state")
+    shutil.copytree(folder / "5" / "state", folder / "10" / "state")
+    seal(folder / "10")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(DamagedError, match="arrays are not what was saved"):
+        checkpoints.restore(10, over(*EIGHT, state))
