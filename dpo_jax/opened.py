@@ -116,11 +116,11 @@ class OpenedRun:
 
     @property
     def _start_key(self) -> tuple[Any, ...]:
-        init = self.config.init
-        return "start", init, None if init.run or init.hf else self.config.seed, self.parts.model
+        init, parallel = self.config.init, self.config.parallel
+        return "start", init, None if init.run or init.hf else self.config.seed, self.parts.model, parallel
 
     def _read_start_params(self) -> tuple[Params, str]:
-        params = start_params(self.config, lora.with_adapter(self.parts.model, None))
+        params = start_params(self.config, lora.with_adapter(self.parts.model, None), self.parallel.targets)
         return params, hash_tree(params)
 
     def whole_batch(self, step: int) -> PreferenceBatch:

@@ -73,7 +73,7 @@ class DataParallel:
         return self.unreplicate(tree)
 
     def targets(self, shapes: Any) -> Any:
-        """Where what has been saved is to be read to: the host, from where ``replicate`` takes it."""
+        """Where arrays in files are to be read to: the host, from where ``replicate`` takes it."""
         return shapes
 
     def shard(self, batch: Any, micro_batches: int) -> Any:
@@ -241,7 +241,7 @@ class MeshParallel:
         return tree
 
     def targets(self, shapes: Any) -> Any:
-        """Where what has been saved is to be read to: each process's parts, straight onto its devices."""
+        """Where arrays in files are to be read to: each process's parts, straight onto its devices."""
         return jax.tree.map(_shaped, shapes, self.shardings(shapes))
 
     def shard(self, batch: Any, micro_batches: int) -> Any:
@@ -334,12 +334,15 @@ def _own_rows(mapped: jax.Array) -> np.ndarray:
 
 
 def copied(tree: Any) -> Any:
-    """A copy of arrays, where they lie."""
-    return jax.tree.map(lambda a: jnp.copy(a) if _is_split(a) else np.array(a), tree)
+    """A copy of arrays: of those over several devices on these, of others on the host."""
 
+    def copy(array: Any) -> Any:
+        if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
+            return np.array(array)
+        parts = [jnp.copy(part.data) for part in array.addressable_shards]
+        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
-def _is_split(array: Any) -> bool:
-    return isinstance(array, jax.Array) and len(array.sharding.device_set) > 1
+    return jax.tree.map(copy, tree)
 
 
 def _shaped(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:

@@ -18,7 +18,7 @@ from dpo_jax.hashing import hash_tree
 from dpo_jax.models import init_params, make_model
 from dpo_jax.parallel import run_compiled
 from dpo_jax.trees import structure_diff
-from dpo_jax.types import Params
+from dpo_jax.types import Params, Targets, on_host
 from dpo_jax.workdir import read_config
 
 
@@ -56,7 +56,7 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
     return pretrained.model(**settings, unroll=math.gcd(m.unroll, sizes["layers"]))
 
 
-def start_params(config: Config, model: nn.Module) -> Params:
+def start_params(config: Config, model: nn.Module, targets: Targets = on_host) -> Params:
     """The parameters that a run starts from: ``init.run``'s policy, else ``init.hf``'s weights, else fresh ones.
 
     With adapters, these are the frozen base.
@@ -64,15 +64,16 @@ def start_params(config: Config, model: nn.Module) -> Params:
     Args:
       config: the experiment.
       model: of ``make_start_model``.
+      targets: says where what is read from files is to lie.
 
     Raises:
       OSError: files that are missing or damaged.
       ValueError: parameters of another model.
     """
     if config.init.run is not None:
-        return load_policy(buckets.fetched(config.init.run), model)
+        return load_policy(buckets.fetched(config.init.run), model, targets)
     if config.init.hf is not None:
-        return open_pretrained(config.init.hf).params(model)
+        return open_pretrained(config.init.hf).params(model, targets)
     return run_compiled(lambda key: init_params(model, key), jax.random.key(config.seed))
 
 
@@ -92,12 +93,13 @@ def start_adapters(config: Config, model: nn.Module) -> Params:
     return read_adapters(buckets.fetched(config.lora.init), model)
 
 
-def load_policy(workdir: Path, model: nn.Module) -> Params:
+def load_policy(workdir: Path, model: nn.Module, targets: Targets = on_host) -> Params:
     """The newest policy of a run, whole: adapters are merged into their base.
 
     Args:
       workdir: the run's folder.
       model: the module that is expected, without adapters.
+      targets: says where the parameters are to lie; what is merged lies on the host.
 
     Raises:
       OSError: files that are missing or damaged.
@@ -105,7 +107,7 @@ def load_policy(workdir: Path, model: nn.Module) -> Params:
     """
     saved, (shapes, _) = open_newest(workdir), _shapes(model)
     if not any(map(lora.is_adapter, saved.names())):
-        return saved.params(shapes)
+        return saved.params(targets(shapes))
     merged = _merged(workdir, saved, model.config.vocab_size)
     wrong = structure_diff(merged, shapes)
     if wrong:

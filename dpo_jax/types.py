@@ -21,6 +21,7 @@ N     layers
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,6 +30,13 @@ from flax import struct
 
 Array = jax.Array | np.ndarray
 Params = Any  # a nested dict of arrays
+Targets = Callable[[Any], Any]  # a tree of shapes → the same shapes, with the shardings that arrays are to have
+
+
+def on_host(shapes: Any) -> Any:
+    """The target of arrays that lie on the host, whole."""
+    return shapes
+
 
 # Values of ``TokenBatch.role_RS``.
 UNUSED, CHOSEN, REJECTED, PROMPT = 0, 1, 2, 3

@@ -1,17 +1,19 @@
 """One engine for all families: a table of names in, parameters out, and back.
 
 Layers are separate tensors in a file and one stacked array here. Parameters are built one at a time from tensors that
-are read one at a time, so that the host never holds more than the model and one tensor.
+are read one at a time, so that the host never holds more than the model and one tensor. Where parameters are split over
+devices, each process reads only rows that it has a part of, and holds no more than its parts of one parameter.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import traverse_util
 
@@ -127,15 +129,14 @@ def read_params(
     slots: Iterable[Slot],
     entries: Mapping[str, Entry],
     like: Params,
-    place: Callable[[str, np.ndarray], Any] = lambda _, array: array,
 ) -> Params:
     """Builds the parameters.
 
     Args:
       slots: what the model is made of; checked against ``entries``.
       entries: what the files hold.
-      like: parameters or their shapes; the result has their dtypes.
-      place: puts a finished parameter where it belongs, given its path; the host's copy is dropped then.
+      like: parameters or their shapes; the result has their dtypes. A shape with a sharding is read straight onto its
+        devices, everything else as a numpy array.
 
     Raises:
       OSError: a file that cannot be read.
@@ -145,21 +146,53 @@ def read_params(
     for slot in slots:
         by_path.setdefault(slot.ours, []).append(slot)
     leaves = named_leaves(like)
-    flat = {path: place(path, _read(by_path[path], entries, leaves[path])) for path in leaves}
+    flat = {path: _read(by_path[path], entries, leaves[path]) for path in leaves}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 
-def _read(slots: list[Slot], entries: Mapping[str, Entry], like: Any) -> np.ndarray:
-    out = np.empty(like.shape, like.dtype)
+Bounds = tuple[tuple[int, int], ...]  # (start, stop) along each axis
+
+
+def _read(slots: list[Slot], entries: Mapping[str, Entry], like: Any) -> Any:
+    sharding = like.sharding if isinstance(like, jax.ShapeDtypeStruct) else None
+    indices = [()] if sharding is None else sharding.addressable_devices_indices_map(like.shape).values()
+    # Devices that hold the same part get it from one reading.
+    found = {_bounds(index or (), like.shape) for index in indices}
+    parts = {bounds: np.empty([stop - start for start, stop in bounds], like.dtype) for bounds in found}
     for slot in slots:
-        entry = entries[slot.theirs]
-        tensor = entry.read()
-        target = out if slot.layer is None else out[slot.layer]
-        target[...] = tensor.T if slot.transpose else tensor
-        del tensor  # before the check below needs memory
+        _fill(parts, slot, entries[slot.theirs])
+    if sharding is None:
+        return parts[_bounds((), like.shape)]
+    return jax.make_array_from_callback(like.shape, sharding, lambda index: parts[_bounds(index or (), like.shape)])
+
+
+def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+    slices = (*index, *[slice(None)] * (len(shape) - len(index)))
+    return tuple(part.indices(size)[:2] for part, size in zip(slices, shape, strict=True))
+
+
+def _fill(parts: Mapping[Bounds, np.ndarray], slot: Slot, entry: Entry) -> None:
+    """Writes what a tensor has of each part; only the rows from the first to the last of them are read."""
+    targets: list[tuple[Bounds, np.ndarray]] = []  # in the order of the tensor's axes
+    for bounds, part in parts.items():
+        if slot.layer is not None:
+            first, last = bounds[0]
+            if not first <= slot.layer < last:
+                continue
+            bounds, part = bounds[1:], part[slot.layer - first]
+        targets.append((bounds[::-1], part.T) if slot.transpose else (bounds, part))
+    if not targets:
+        return
+    rows = [bounds[0] for bounds, _ in targets if bounds] or [(0, 1)]
+    start, stop = min(low for low, _ in rows), max(high for _, high in rows)
+    tensor = entry.read(start, stop)
+    for bounds, target in targets:
+        shifted = [(low - start, high - start) if axis == 0 else (low, high) for axis, (low, high) in enumerate(bounds)]
+        target[...] = tensor[tuple(slice(*part) for part in shifted)]
+    del tensor  # before the check below needs memory
+    for _, target in targets:
         if not np.isfinite(target).all():
-            raise ValueError(f"{entry.path}: tensor {slot.theirs} has numbers that are not finite in {out.dtype}")
-    return out
+            raise ValueError(f"{entry.path}: tensor {slot.theirs} has numbers that are not finite in {target.dtype}")
 
 
 def write_params(folder: Path, slots: Iterable[Slot], params: Params, dtype: Any, shard_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from dpo_jax.convert.neox import NEOX
 from dpo_jax.convert.table import Table
 from dpo_jax.convert.tensors import Entry, read_entries
 from dpo_jax.models import FAMILIES, init_params, make_model
-from dpo_jax.types import Params
+from dpo_jax.types import Params, Targets, on_host
 
 # A family's name here is its model_type there.
 TABLES: dict[str, Table] = {
@@ -65,12 +65,12 @@ class Pretrained:
         """
         return make_model(self.family, {**self.fields, **settings})
 
-    def params(self, model: nn.Module, place: Callable[[str, np.ndarray], Any] = lambda _, array: array) -> Params:
+    def params(self, model: nn.Module, targets: Targets = on_host) -> Params:
         """Its weights in the model's ``param_dtype``, read tensor by tensor.
 
         Args:
           model: what ``model()`` has made.
-          place: puts a finished parameter where it belongs, given its path, such as onto devices.
+          targets: says where the parameters are to lie, such as split over devices.
 
         Raises:
           OSError: files that are missing, damaged or cut short.
@@ -82,7 +82,7 @@ class Pretrained:
         entries = _with_prefix(read_entries(self.folder), table.prefix)
         ignored = "|".join(filter(None, (table.ignored, r"lm_head\.weight" if self.fields.get("tied_head") else "")))
         check_names(slots, entries, ignored, self.folder)
-        return read_params(slots, entries, shapes, place)
+        return read_params(slots, entries, targets(shapes))
 
 
 def open_pretrained(name: str, revision: str | None = None) -> Pretrained:

@@ -6,6 +6,7 @@ A file is the length of its header (8 bytes, little endian), the header (JSON: n
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +41,12 @@ class Entry:
     start: int
     size: int
 
-    def read(self) -> np.ndarray:
-        """The tensor; the file is not kept in memory.
+    def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """The tensor, or some rows of it; the file is not kept in memory.
+
+        Args:
+          start: first index along the first axis.
+          stop: the index after the last; None is the end.
 
         Raises:
           OSError: the file cannot be read, or has changed since its header was.
@@ -50,10 +55,13 @@ class Entry:
         if self.dtype not in _DTYPES:
             raise ValueError(f"{self.path}: tensor {self.name} is {self.dtype}; expected one of {', '.join(_DTYPES)}")
         dtype = np.dtype(_DTYPES[self.dtype])
-        flat = np.fromfile(self.path, dtype, self.size // dtype.itemsize, offset=self.start)
-        if flat.nbytes != self.size:
-            raise OSError(f"{self.path}: tensor {self.name} ends after {flat.nbytes} of {self.size} bytes")
-        return flat.reshape(self.shape)
+        rows = range(*slice(start, stop).indices(self.shape[0])) if self.shape else range(1)
+        shape = (len(rows), *self.shape[1:]) if self.shape else ()
+        row = math.prod(self.shape[1:]) * dtype.itemsize
+        flat = np.fromfile(self.path, dtype, math.prod(shape), offset=self.start + rows.start * row)
+        if flat.size != math.prod(shape):
+            raise OSError(f"{self.path}: tensor {self.name} ends after {flat.nbytes} of {len(rows) * row} bytes")
+        return flat.reshape(shape)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
