@@ -84,8 +84,6 @@ class OpenedRun:
         root = self.config.reference.store
         if root is None:
             return
-        if jax.process_count() > 1:
-            raise ValueError("config.reference.store needs a run of one process; leave it unset for several")
         assert self.start_hash is not None
         identity = reference.identity_of(self.config, self.parts, self.data.tokenizer, self.start_hash)
         needs = [reference.need_of(self.pipeline, self.steps)]

@@ -39,6 +39,8 @@ def obstacle(config: Config) -> str | None:
     """Why a run cannot be a member of a population; None when it can."""
     if config.data.layout == "packed" and config.objective()[0].needs_mismatched:
         return "packed batches of mismatched answers differ in shape from member to member"
+    if config.parallel.mode != "pmap":
+        return "config.parallel.mode=mesh splits a run over the devices; a population gives each device runs of its own"
     return None
 
 
@@ -56,8 +58,13 @@ def run(
       What ended members before their last step, by name.
 
     Raises:
+      ValueError: a run that cannot be a member.
       Stopped: a signal asked to stop; all is saved.
     """
+    for name, (config, _) in members.items():
+        reason = obstacle(config)
+        if reason is not None:
+            raise ValueError(f"{name} cannot train together with others: {reason}")
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         trainers: dict[str, Trainer] = {}

@@ -7,15 +7,20 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
-from dpo_jax import processes, train
+from dpo_jax import processes, refstore, train
 from dpo_jax.checkpoint import steps_in
+from dpo_jax.convert.pretrained import save_pretrained
+from dpo_jax.models import init_params
+from dpo_jax.start import make_start_model
 from dpo_jax.stopping import EXIT_CODE
 from tests import tiny_run
 
@@ -43,22 +48,71 @@ def test_one_process_is_the_first_and_waits_for_none() -> None:
         processes.meet("there")
 
 
+TOGETHER = """if True:
+    import os, signal, sys, time
+    from dpo_jax import processes, reference
+    from dpo_jax.stopping import StopRequest
+    from tests.test_processes import EXAMPLE, IDENTITY
+    index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    processes.start(f"localhost:{port}", 2, index)
+    with StopRequest() as request:
+        for step in range(100):
+            if index == 1 and step == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01 * index)
+            if request.agreed():
+                print("stopped at", step)
+                break
+    try:
+        with processes.failing_together(OSError):
+            if index == 0:
+                raise OSError("broken here")
+    except OSError as error:
+        print(error)
+    lack = reference.Need("other data", lambda: iter([EXAMPLE]))
+    for needs in ([], [lack]):
+        try:
+            store = reference.open_store(root, IDENTITY, needs, None)
+            print([logps.tolist() for logps in store.logps(EXAMPLE)])
+        except ValueError as error:
+            print("only a single process" in str(error))
+"""
+EXAMPLE = tiny_run.make_examples(1, 2, seed=0)[0]
+IDENTITY = dict.fromkeys(refstore.IDENTITY, "")
+
+
+def test_two_processes_agree(tmp_path: Path) -> None:
+    """On when to stop, on what has failed, and on the reference's stored log-probabilities."""
+    logps = tuple(np.arange(len(answer.tokens), dtype=np.float32) for answer in EXAMPLE.answers)
+    refstore.write_store(tmp_path, IDENTITY, [(EXAMPLE, logps)])
+    port = str(_free_port())
+    pair = [_start([sys.executable, "-c", TOGETHER, str(i), port, str(tmp_path)], subprocess.PIPE) for i in range(2)]
+    answers = [process.communicate(timeout=240) for process in pair]
+    said = ["broken here", "another process of this run found it so; its log says more"]
+    stored = str([values.tolist() for values in logps])
+    assert [out.splitlines()[-4:] for out, _ in answers] == [["stopped at 3", why, stored, "True"] for why in said], answers
+
+
 def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: Path) -> None:
-    """Stopped while trained by pmap over 2 × 4 devices, killed on a mesh over them, ended by one process on another."""
+    """Stopped while trained by pmap over 2 × 4 devices, killed on a mesh over them, ended by one process on another.
+
+    What it starts from is read whole by the first, and by each process in parts by the others.
+    """
     tiny_run.write_data(tmp_path / "data")
+    changes = {**CHANGES, "init.hf": str(_write_start(tmp_path))}
     folder, whole = tmp_path / "stopped", tmp_path / "whole"
-    pair = _start_two(tiny_run.write_config(tmp_path / "pmap.py", tmp_path / "data", **CHANGES), folder)
-    expected = train.run(tiny_run.make_config(tmp_path / "data", **CHANGES), whole)
+    pair = _start_two(tiny_run.write_config(tmp_path / "pmap.py", tmp_path / "data", **changes), folder)
+    expected = train.run(tiny_run.make_config(tmp_path / "data", **changes), whole)
     _wait_for_checkpoint(folder, pair, after=0)
     pair[1].send_signal(signal.SIGTERM)  # one is told, both stop
-    said = [process.communicate(timeout=240)[1] for process in pair]
+    said = [process.communicate(timeout=600)[1] for process in pair]
     assert [process.returncode for process in pair] == [EXIT_CODE] * 2, said
     stopped = steps_in(folder / "checkpoints")[-1]
     assert 5 <= stopped < 40
     assert all(f"Stopped after step {stopped} of 60; the same command goes on." in text for text in said)
     assert ["SIGTERM: saving after this step" in text for text in said] == [False, True]
 
-    mesh = tiny_run.write_config(tmp_path / "mesh.py", tmp_path / "data", **CHANGES, **_mesh(fsdp=2, tensor=2))
+    mesh = tiny_run.write_config(tmp_path / "mesh.py", tmp_path / "data", **changes, **_mesh(fsdp=2, tensor=2))
     pair = _start_two(mesh, folder)
     _wait_for_checkpoint(folder, pair, after=stopped)
     for process in pair:
@@ -66,7 +120,7 @@ def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: P
         process.communicate()
     assert stopped < steps_in(folder / "checkpoints")[-1] < 60
 
-    got = train.run(tiny_run.make_config(tmp_path / "data", **CHANGES, **_mesh(fsdp=4, tensor=2)), folder)
+    got = train.run(tiny_run.make_config(tmp_path / "data", **changes, **_mesh(fsdp=4, tensor=2)), folder)
     # fp32 sums in another order, through sixty steps.
     assert got == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True)
     lines = [_lines(run) for run in (folder, whole)]
@@ -75,36 +129,45 @@ def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: P
     np.testing.assert_allclose(losses[0], losses[1], atol=1e-5)
 
 
+def _write_start(folder: Path) -> Path:
+    """A Hugging Face folder with the model of the run's config."""
+    model = make_start_model(tiny_run.make_config(folder / "data"), tiny_run.VOCAB)
+    place = folder / "hf"
+    place.mkdir()
+    save_pretrained(place, model, init_params(model, jax.random.key(0)))
+    return place
+
+
 def _mesh(**axes: int) -> dict[str, Any]:
     return {"parallel.mode": "mesh"} | {f"parallel.{name}": size for name, size in axes.items()}
 
 
 def _wait_for_checkpoint(workdir: Path, pair: list[subprocess.Popen[str]], *, after: int) -> None:
     """Until a step after this one is saved."""
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     while max(steps_in(workdir / "checkpoints"), default=0) <= after and time.monotonic() < deadline:
         assert all(process.poll() is None for process in pair), [process.communicate()[1] for process in pair]
         time.sleep(0.01)
 
 
 def _start_two(config: Path, workdir: Path) -> list[subprocess.Popen[str]]:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = probe.getsockname()[1]
-    flags = f"--config={config}", f"--workdir={workdir}", f"--coordinator=localhost:{port}", "--num_processes=2"
+    flags = f"--config={config}", f"--workdir={workdir}", f"--coordinator=localhost:{_free_port()}", "--num_processes=2"
+    return [_start(tiny_run.command(*flags, f"--process_id={index}")) for index in range(2)]
+
+
+def _start(command: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     # Four devices each; with few threads, collectives of many devices can wait for ever.
     devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "32"}
-    return [
-        subprocess.Popen(
-            tiny_run.command(*flags, f"--process_id={index}"),
-            cwd=tiny_run.ROOT,
-            env={**os.environ, **tiny_run.environment(), **devices},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
+    environment = {**os.environ, **tiny_run.environment(), **devices}
+    return subprocess.Popen(
+        command, cwd=tiny_run.ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return int(probe.getsockname()[1])
 
 
 def _lines(workdir: Path) -> list[dict[str, float]]:

@@ -1,10 +1,9 @@
-"""SIGTERM and Ctrl-C: saved and stopped with a code of their own; twice, at once; on several processes, together."""
+"""SIGTERM and Ctrl-C: saved and stopped with a code of their own; twice, at once."""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -82,38 +81,3 @@ def test_a_training_that_is_asked_to_stop_saves_and_goes_on_to_the_same_end(tmp_
     assert "Traceback" not in err
     saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
     assert len(saved) == 1 and 0 < saved[0] < 2000
-
-
-TOGETHER = """if True:
-    import os, signal, sys, time
-    import jax
-    from dpo_jax.stopping import StopRequest
-    index, port = int(sys.argv[1]), sys.argv[2]
-    jax.distributed.initialize(f"localhost:{port}", num_processes=2, process_id=index)
-    with StopRequest() as request:
-        for step in range(100):
-            if index == 1 and step == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01 * index)
-            if request.agreed():
-                print("stopped at", step)
-                break
-"""
-
-
-def test_all_processes_stop_at_the_same_step() -> None:
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", TOGETHER, str(index), port],
-            env=tiny_run.environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(2)
-    ]
-    answers = [process.communicate(timeout=240) for process in processes]
-    assert [out.splitlines()[-1:] for out, _ in answers] == [["stopped at 3"]] * 2, answers

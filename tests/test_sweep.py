@@ -143,3 +143,11 @@ def test_the_command_line_runs_a_file_and_shows_where_it_stands(data: Path, join
     file.write_text(file.read_text() + f"\n\ndef get_axes():\n    return {AXES!r}\n")
     done = tiny_run.call(f"--config={file}", f"--workdir={joint}", program="dpo_jax.sweep")
     assert done.returncode == 0 and "4 of 4 runs finished" in done.stderr, done.stderr
+
+
+def test_runs_on_a_mesh_train_on_their_own(runs: list[grid.Run], data: Path, tmp_path: Path) -> None:
+    mesh = grid.expand(tiny_run.config_dict(data, **{"parallel.mode": "mesh"}), AXES)
+    assert [[r.name for r in group] for group in sweep.groups(mesh, 8)] == [[r.name] for r in runs]
+    members = {r.name: (r.config, tmp_path / r.name) for r in mesh}
+    with pytest.raises(ValueError, match=r"cannot train together with others: config.parallel.mode=mesh splits a run"):
+        population.run(members, Shared(), (ValueError,))
