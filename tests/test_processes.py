@@ -88,9 +88,10 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     port = str(_free_port())
     pair = [_start([sys.executable, "-c", TOGETHER, str(i), port, str(tmp_path)], subprocess.PIPE) for i in range(2)]
     answers = [process.communicate(timeout=240) for process in pair]
-    said = ["broken here", "another process of this run found it so; its log says more"]
+    reasons = ["broken here", "another process of this run found it so; its log says more"]
     stored = str([values.tolist() for values in logps])
-    assert [out.splitlines()[-4:] for out, _ in answers] == [["stopped at 3", why, stored, "True"] for why in said], answers
+    said = [out.splitlines()[-4:] for out, _ in answers]
+    assert said == [["stopped at 3", reason, stored, "True"] for reason in reasons], answers
 
 
 def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: Path) -> None:
