@@ -46,6 +46,7 @@ def _copy_to_host(leaf: Any) -> Any:
 
 
 _HOST_MEMORY = "pinned_host"
+_WRITTEN_AT_ONCE = 2**26  # bytes, or one part of an array where that is larger
 
 
 def write(folder: Path, state: Any, meta: Mapping[str, Any], hashes: Mapping[str, str] | None = None) -> None:
@@ -62,7 +63,8 @@ def write(folder: Path, state: Any, meta: Mapping[str, Any], hashes: Mapping[str
     if first or not together:
         folder.mkdir()
     state = jax.tree.map(lambda a: a if isinstance(a, jax.Array) else np.asarray(a), state)
-    with _checkpointer(set(range(jax.process_count())) if together else {jax.process_index()}) as checkpointer:
+    active = set(range(jax.process_count())) if together else {jax.process_index()}
+    with _checkpointer(active, _largest_part(state)) as checkpointer:
         checkpointer.save(folder / STATE_FOLDER, args=ocp_args.PyTreeSave(state))
     if first or not together:
         (folder / META_FILE).write_text(json.dumps({**meta, **described}, indent=1) + "\n", encoding="utf-8")
@@ -195,8 +197,19 @@ def _restore_args(like: Any) -> ocp.RestoreArgs:
     return ocp.RestoreArgs(restore_type=np.ndarray)
 
 
-def _checkpointer(active: set[int]) -> ocp.Checkpointer:
-    """Orbax in these processes, whatever the others are doing: it would wait for them."""
+def _largest_part(state: Any) -> int:
+    """Bytes of the largest part of an array that a device holds."""
+    arrays = (leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array))
+    return max((array.addressable_shards[0].data.nbytes for array in arrays), default=0)
+
+
+def _checkpointer(active: set[int], largest: int = 0) -> ocp.Checkpointer:
+    """Orbax in these processes, whatever the others are doing: it would wait for them.
+
+    Args:
+      active: processes that save or restore together.
+      largest: part of an array that is saved, bytes.
+    """
     options = ocp.options.MultiprocessingOptions(
         primary_host=min(active), active_processes=active, barrier_sync_key_prefix=f"from_process_{min(active)}"
     )
@@ -205,7 +218,12 @@ def _checkpointer(active: set[int]) -> ocp.Checkpointer:
         (np.ndarray, type_handlers.NumpyHandler()),
         (jax.Array, type_handlers.ArrayHandler(use_replica_parallel=False, enable_write_sharding_file=False)),
     )
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options, type_handler_registry=registry)
+    handler = ocp.PyTreeCheckpointHandler(
+        # What is being written takes as much room again as the copy that it is written from.
+        save_concurrent_gb=(max(largest, _WRITTEN_AT_ONCE) + 1) / 1e9,
+        multiprocessing_options=options,
+        type_handler_registry=registry,
+    )
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
