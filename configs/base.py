@@ -48,7 +48,10 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",  # of activations and products; log-probabilities are always float32
                 "param_dtype": "float32",  # of parameters and the optimizer's state
                 "output_dtype": placeholder(str),  # of the product with the head; None is dtype
-                "remat": "none",  # what layers keep for the backward pass: all (none), products (dots), inputs (full)
+                "attention": "auto",  # of whole rows: dense, splash (TPU), cudnn (GPU), or what fits the devices (auto)
+                # What layers keep for the backward pass, from most to least: all (none), products (dots), what
+                # attention reads and writes and the MLP's gate (gate), all but the gate (attention), inputs (full).
+                "remat": "none",
                 "unroll": 4,  # layers compiled side by side; must divide layers
             },
             "init": {

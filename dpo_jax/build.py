@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import logging
 
 from dpo_jax import lora
 from dpo_jax.config import Config, ParallelConfig
@@ -22,6 +23,7 @@ from dpo_jax.data.pipeline import Described, Pipeline, Source
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
 from dpo_jax.models import init_params, logical_axes
+from dpo_jax.models.splash import LONGEST
 from dpo_jax.optim import make_optimizer
 from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
 from dpo_jax.sharding import mesh_shape
@@ -44,13 +46,14 @@ class Parts:
     shape: Shape
 
 
-def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
+def build(config: Config, *, vocab_size: int, answers: int, platform: str | None = None) -> Parts:
     """Builds the parts of a run.
 
     Args:
       config: the experiment.
       vocab_size: V of the tokenizer.
       answers: A of the data.
+      platform: of the devices: cpu, gpu or tpu; None is that of this machine's.
 
     Raises:
       ValueError: a paired loss on data with one answer a prompt; adapters for layers that the model does not have.
@@ -58,8 +61,9 @@ def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
     objective, numbers = config.objective()
     check_data(objective, answers)
     optim = config.optim
+    model = with_attention(make_start_model(config, vocab_size), config, platform or jax.default_backend())
     return Parts(
-        model=_adapted(make_start_model(config, vocab_size), config.lora.adapter()),
+        model=_adapted(model, config.lora.adapter()),
         objective=objective,
         hyper=Hyper(
             {k: np.asarray(v, np.float32) for k, v in numbers.items()}, np.asarray(optim.learning_rate, np.float32)
@@ -81,6 +85,50 @@ def build(config: Config, *, vocab_size: int, answers: int) -> Parts:
             with_reference=config.reference.store is not None,
         ),
     )
+
+
+def with_attention(model: nn.Module, config: Config, platform: str) -> nn.Module:
+    """The module with the attention that ``config.model.attention`` asks for; why ``auto`` takes dense is logged.
+
+    Raises:
+      ValueError: a kernel that these devices, this model or this layout has not.
+    """
+    wanted = config.model.attention
+    if wanted == "dense":
+        return model
+    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "dense") if wanted == "auto" else wanted
+    reason = {"splash": _without_splash, "cudnn": _without_cudnn}.get(kernel, lambda *_: None)(model, config, platform)
+    if reason and wanted != "auto":
+        raise ValueError(f"config.model.attention is {wanted!r}, but {reason}: set it to auto or dense")
+    if reason:
+        logging.info("attention is dense, not by %s: %s", kernel, reason)
+    return model.clone(config=dataclasses.replace(model.config, attention="dense" if reason else kernel))
+
+
+def _without_splash(model: nn.Module, config: Config, platform: str) -> str | None:
+    length = _row_positions(config)
+    if platform != "tpu":
+        return f"the devices are of the kind {platform}, and the kernel is for TPUs"
+    if not 512 <= length <= LONGEST:
+        return f"rows have {length} positions, and the kernel is for 512 to {LONGEST}"
+    return None
+
+
+def _without_cudnn(model: nn.Module, config: Config, platform: str) -> str | None:
+    c = model.config
+    if platform != "gpu":
+        return f"the devices are of the kind {platform}, and the kernel is for GPUs"
+    if config.data.layout != "concatenated":
+        return f"rows of the layout {config.data.layout} hold several answers, and the kernel knows causal rows alone"
+    if c.attention_cap is not None or any(w and w < _row_positions(config) for w in c.windows or ()):
+        return "the model caps its scores or has windows, which the kernel has not"
+    if jnp.dtype(c.dtype).itemsize != 2 or c.size > 128 or c.size % 8:
+        return f"the kernel is for half precision and heads of 8, 16, … 128, not {c.dtype} and {c.size}"
+    return None
+
+
+def _row_positions(config: Config) -> int:
+    return config.data.row_length or config.data.prompt_length + config.data.answer_length
 
 
 def _adapted(model: nn.Module, adapter: lora.Adapter | None) -> nn.Module:

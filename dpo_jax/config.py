@@ -24,6 +24,7 @@ from dpo_jax.optim import SCHEDULES
 from dpo_jax.rewards import REWARDS
 
 MODES = ("pmap", "mesh")
+KERNELS = ("auto", "dense", "splash", "cudnn")
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ class ModelConfig:
     dtype: str
     param_dtype: str
     output_dtype: str | None
+    attention: str
     remat: str
     unroll: int
 
@@ -277,6 +279,7 @@ def _check(c: Config) -> None:
         ("model.dtype", c.model.dtype, ("float32", "bfloat16")),
         ("model.param_dtype", c.model.param_dtype, ("float32", "bfloat16")),
         ("model.output_dtype", c.model.output_dtype, (None, "float32", "bfloat16")),
+        ("model.attention", c.model.attention, KERNELS),
         ("model.remat", c.model.remat, REMAT),
         ("data.layout", c.data.layout, LAYOUTS),
         ("optim.schedule", c.optim.schedule, SCHEDULES),

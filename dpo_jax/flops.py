@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax import lora
+from dpo_jax.logprobs import sight
+from dpo_jax.models.config import ATTENDED, REMAT, DecoderConfig
+from dpo_jax.models.splash import Sight, visited_pairs
 from dpo_jax.trees import named_leaves
 from dpo_jax.types import Params, PreferenceBatch, TokenBatch
+
+# Products of a pass over pairs of query and key: scores and sums are two; JAX's kernels compute the scores again for
+# each of the three gradients that they return in two parts.
+_FORWARD, _KERNEL_BACKWARD = 2, 7
 
 
 @dataclass(frozen=True)
@@ -18,9 +30,9 @@ class Work:
     """Floating-point operations of a step, over all chips.
 
     Attributes:
-      useful: what the mathematics asks for: forward and backward pass of the policy, forward pass of the reference,
-        causal attention.
-      spent: what the program does: scores above the diagonal, and what is computed again in the backward pass.
+      useful: what the mathematics asks for: forward and backward pass of what is trained, forward pass of the
+        reference; scores of the keys that a token sees, logits of targets.
+      spent: what the program does: scores that are masked, padding, and what is computed again in the backward pass.
     """
 
     useful: float
@@ -29,34 +41,38 @@ class Work:
 
 @dataclass(frozen=True)
 class Forward:
-    """Products of one forward pass over a row of L positions and M targets.
+    """Products of one forward pass over a batch.
 
-    A product of [L, D] with [D, F] is 2·L·D·F operations; scores and their sums over values are 2·L²·H·E each.
+    A token and a matrix of n numbers are 2n operations; a pair of query and key is 4·H·E: its score and its sum.
 
     Attributes:
-      body: products with the layers' matrices.
-      attention: scores and sums, all of L².
+      base: products with the layers' matrices.
+      adapters: products with those of adapters.
+      attention: scores and sums.
       head: logits of the targets.
     """
 
-    body: float
+    base: float
+    adapters: float
     attention: float
     head: float
 
 
-def forward(config: DecoderConfig, params: Params, length: int, targets: int) -> Forward:
-    """Counts one row.
+def forward(config: DecoderConfig, params: Params, *, tokens: int, pairs: float, targets: int) -> Forward:
+    """Counts a forward pass.
 
     Args:
       config: of the model.
       params: its parameters, or their shapes.
-      length: L.
-      targets: M.
+      tokens: of all rows.
+      pairs: of a query and a key that it sees, summed over layers.
+      targets: whose logits are needed.
     """
-    matrices = [leaf for name, leaf in named_leaves(params).items() if name.endswith("kernel")]
+    sizes = {name: math.prod(leaf.shape) for name, leaf in named_leaves(params).items()}
     return Forward(
-        body=2.0 * length * sum(math.prod(leaf.shape) for leaf in matrices),
-        attention=4.0 * config.layers * length**2 * config.heads * config.size,
+        base=2.0 * tokens * sum(size for name, size in sizes.items() if name.endswith("kernel")),
+        adapters=2.0 * tokens * sum(size for name, size in sizes.items() if lora.is_adapter(name)),
+        attention=2.0 * _FORWARD * pairs * config.heads * config.size,
         head=2.0 * targets * config.vocab_size * config.width,
     )
 
@@ -68,40 +84,120 @@ def useful_flops(
 
     Args:
       config: of the model.
-      params: its parameters without adapters, or their shapes.
+      params: its parameters, or their shapes.
       batch: on the host.
       reference: whether the reference is scored too.
-      full: whether all parameters are trained; the backward pass of adapters has no products with activations for the
-        base.
+      full: whether all parameters are trained, not adapters alone. A frozen matrix has no gradient: the pass back
+        through it is one product, not two.
     """
-    trained = _useful_forward(config, params, batch.answers) * ((3 if full else 2) + reference)
-    # Mismatched answers are scored, and not trained on.
-    only_scored = 0.0 if batch.mismatched is None else _useful_forward(config, params, batch.mismatched)
-    return trained + only_scored * (1 + reference)
+    needed = _needed(config, params, batch.answers)
+    trained = (3 if full else 2) * (needed.base + needed.head) + 3 * (needed.attention + needed.adapters)
+    useful = trained + reference * (needed.base + needed.attention + needed.head)
+    if batch.mismatched is None:
+        return useful
+    only_scored = _needed(config, params, batch.mismatched)
+    without = only_scored.base + only_scored.attention + only_scored.head
+    return useful + without * (1 + reference) + only_scored.adapters
 
 
-def _useful_forward(config: DecoderConfig, params: Params, rows: TokenBatch) -> float:
-    real = np.asarray(rows.group_RL) != 0
-    one = forward(config, params, 1, 1)
-    # A token attends to all of its own sequence up to itself: to position + 1 keys, of which ``one`` has counted one.
-    keys = np.sum(np.asarray(rows.position_RL) + 1, where=real, dtype=np.float64)
-    return one.body * np.count_nonzero(real) + one.attention * keys + one.head * np.count_nonzero(rows.weight_RM)
-
-
-def step_work(config: DecoderConfig, params: Params, batch: Any, *, reference: bool, scored_twice: bool) -> Work:
-    """Counts a step over rows whose every position holds a token.
+def step_work(
+    model: nn.Module, params: Params, batch: TokenBatch, *, branches: int, reference: bool, scored_twice: bool
+) -> Work:
+    """Counts a step.
 
     Args:
-      config: of the model.
+      model: with adapters where adapters are trained.
       params: its parameters, or their shapes.
-      batch: TokenBatch of the whole batch, or its shapes.
+      batch: the whole batch, as numpy arrays.
+      branches: most answers of a group; 1 where rows hold one answer each.
       reference: whether the reference is scored too.
       scored_twice: whether a coupled loss scores micro-batches once before it pulls them back.
     """
+    config, adapted = model.config, lora.adapter_of(model) is not None
+    useful = useful_flops(config, params, PreferenceBatch(batch), reference=reference, full=not adapted)
+    forwards = reference + scored_twice
+    return Work(useful, _body(model, params, batch, branches, forwards) + _head(config, batch, forwards, adapted))
+
+
+def dot_flops(jaxpr: Any, trips: int = 0) -> int:
+    """FLOPs of all matrix products of a traced program but those inside of kernels, 2 for each multiplication.
+
+    Args:
+      jaxpr: as from ``jax.make_jaxpr(step)(…).jaxpr``.
+      trips: of each loop whose length depends on the data.
+    """
+    total = 0
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        if name == "dot_general":
+            ((left, _), _) = equation.params["dimension_numbers"]
+            contracted = math.prod(equation.invars[0].aval.shape[axis] for axis in left)
+            total += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
+        elif name != "pallas_call":
+            times = {"scan": equation.params.get("length"), "while": trips}.get(name, 1)
+            counts = [dot_flops(inner, trips) for inner in _inner(equation)]
+            total += times * (max(counts) if name == "cond" else sum(counts))  # one branch is taken
+    return total
+
+
+def _needed(config: DecoderConfig, params: Params, rows: TokenBatch) -> Forward:
+    """A pass over the tokens of a batch: each sees those before it in its own sequence, and itself."""
+    position, real = np.asarray(rows.position_RL), np.asarray(rows.group_RL) != 0
+    pairs = float(sum(np.minimum(position + 1, w)[real].sum(dtype=np.float64) for w in _windows(config)))
+    targets = int(np.count_nonzero(rows.weight_RM))
+    return forward(config, params, tokens=int(real.sum()), pairs=pairs, targets=targets)
+
+
+def _body(model: nn.Module, params: Params, batch: TokenBatch, branches: int, forwards: int) -> float:
+    """What the layers compute in a step: both passes of what is trained, and ``forwards`` more of frozen parameters."""
     rows, length = batch.tokens_RL.shape
-    one = forward(config, params, length, batch.target_RM.shape[1])
-    needed = one.body + one.attention / 2 + one.head
-    full = one.body + one.attention + one.head
-    again = one.head + (one.body + one.attention if config.remat == "full" else 0.0)
-    passes = 3 + reference + scored_twice
-    return Work(rows * needed * (3 + reference), rows * (full * passes + again))
+    row = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), batch)
+    base, adapters = lora.split(params)
+
+    def hidden(trained: Params, frozen: Params, row: TokenBatch) -> Any:
+        variables = {"params": lora.join(frozen, trained)}
+        return model.apply(variables, row.tokens_RL, row.position_RL, sight(model, row, branches))[0]
+
+    def both(trained: Params, frozen: Params, row: TokenBatch) -> Any:
+        out, pull_back = jax.vjp(lambda p: hidden(p, frozen, row), trained)
+        return out, pull_back(jnp.ones_like(out))
+
+    split = (adapters, base, row) if adapters else (base, {}, row)
+    dense = rows * (_needed_flops(both, *split) + forwards * _needed_flops(hidden, *split))
+    if not isinstance(jax.eval_shape(lambda r: sight(model, r, branches), row), Sight):
+        return dense
+    c = model.config
+    kept = REMAT[c.remat]
+    passes = _FORWARD * (1 + forwards + (kept is not None and ATTENDED not in kept)) + _KERNEL_BACKWARD
+    windows = [None if w >= length else w for w in _windows(c)]
+    seen = {w: visited_pairs(batch.group_RL, batch.branch_RL, branches, w) for w in set(windows)}
+    return dense + 2.0 * passes * c.heads * c.size * sum(seen[w] for w in windows)
+
+
+def _head(config: DecoderConfig, batch: TokenBatch, forwards: int, frozen: bool) -> float:
+    """Logits of every column that some row has a target in; the pass back computes them again."""
+    used = np.flatnonzero(np.any((np.asarray(batch.weight_RM) > 0) | (np.asarray(batch.source_RM) > 0), axis=0))
+    columns = int(used[-1]) + 1 if used.size else 0
+    passes = (3 if frozen else 4) + forwards
+    return 2.0 * passes * batch.tokens_RL.shape[0] * columns * config.vocab_size * config.width
+
+
+def _needed_flops(fn: Any, *args: Any) -> int:
+    closed = jax.make_jaxpr(fn)(*args)
+    # What is computed again and read by nobody is left out, as compilers do.
+    jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return dot_flops(jaxpr)
+
+
+def _windows(config: DecoderConfig) -> list[int]:
+    """How many positions a token sees, for each layer."""
+    everything = np.iinfo(np.int32).max
+    return [w or everything for w in config.windows or (None,) * config.layers]
+
+
+def _inner(equation: Any) -> Iterator[Any]:
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.layers import outer_sum, project, training_mask
+from dpo_jax.models.splash import Sight
 from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
 
@@ -47,15 +48,22 @@ def score(
     Returns:
       SequenceLogps of shape [X, A, C].
     """
-    return _sum_slots(target_scores(model, params, batch, chunk, dropout_key), batch, grouping)
+    answers, slots = grouping
+    branches = 1 if batch.role_RS.shape[1] == slots else answers  # a row of one answer
+    return _sum_slots(target_scores(model, params, batch, chunk, dropout_key, branches), batch, grouping)
 
 
 def target_scores(
-    model: nn.Module, params: Params, batch: TokenBatch, chunk: int, dropout_key: Array | None = None
+    model: nn.Module,
+    params: Params,
+    batch: TokenBatch,
+    chunk: int,
+    dropout_key: Array | None = None,
+    branches: int | None = None,
 ) -> TokenScores:
-    """Scores of all targets of a batch, [R, M]; arguments as of :func:`score`."""
+    """Scores of all targets of a batch, [R, M]; ``branches``: most answers of a group, None when not known."""
     variables = {"params": params}
-    mask = training_mask(batch.group_RL, batch.branch_RL)
+    mask = sight(model, batch, branches)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
     states_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
@@ -64,6 +72,14 @@ def target_scores(
     # Padding has weight 0 and source 0; a turn that is left out has weight 0 too, but is scored for the store.
     used_M = jnp.any((batch.weight_RM > 0) | (batch.source_RM > 0), axis=0)
     return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap, used_M)
+
+
+def sight(model: nn.Module, batch: TokenBatch, branches: int | None) -> Array | Sight:
+    """Who attends to whom, as the attention of a model reads it; ``branches``: most answers of a group."""
+    config = getattr(model, "config", None)
+    if config is None or config.attention == "dense":
+        return training_mask(batch.group_RL, batch.branch_RL)
+    return Sight(batch.group_RL, batch.branch_RL, branches or batch.role_RS.shape[1])
 
 
 def stored(batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:

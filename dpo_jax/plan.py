@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from absl import logging
 
 from dpo_jax.build import build, guarded, guarded_step, make_parallel, param_shapes, state_shapes
 from dpo_jax.build import make_pipeline as make_batches
@@ -24,6 +25,7 @@ from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.layouts import Shape
 from dpo_jax.flops import Work, step_work
 from dpo_jax.hlo import Collective, collectives
+from dpo_jax.models.config import REMAT
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.trees import parameter_count
 from dpo_jax.types import CHOSEN, REJECTED
@@ -70,9 +72,10 @@ class Plan:
       chips: how many.
       layout: mesh and batch, in words.
       parameters: scalars of the policy.
+      attention: dense, or the name of the kernel.
       memory: of one chip.
       work: products of a step.
-      traffic: between chips, for each step; empty when the step does not fit.
+      traffic: between chips, for each step; empty when the step does not fit, None when it is not known.
       seconds: the least time of a step for compute, memory and links.
     """
 
@@ -80,9 +83,10 @@ class Plan:
     chips: int
     layout: str
     parameters: int
+    attention: str
     memory: Memory
     work: Work
-    traffic: list[Collective]
+    traffic: list[Collective] | None
     seconds: Mapping[str, float]
 
     @property
@@ -125,7 +129,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     chip, _ = parse(topology)
     sizes = config.plan.sizes or config.init.hf
     config = dataclasses.replace(config, init=dataclasses.replace(config.init, hf=sizes))
-    parts = build(config, vocab_size=1 if sizes else config.data.vocab_size, answers=2)
+    parts = build(config, vocab_size=1 if sizes else config.data.vocab_size, answers=2, platform="tpu")
     parallel = make_parallel(config.parallel, parts.model, describe_devices(topology))
     check_divides(config.data.batch_size, config.train.micro_batches, parallel.parts)
     batch = _longest_batch(config, parts)
@@ -138,11 +142,13 @@ def make_plan(config: Config, topology: str) -> Plan:
     params = param_shapes(parts)
     coupled = parts.objective.couples_batch and config.train.micro_batches > 1
     scores = state.state.reference is not None
-    work = step_work(parts.model.config, params, batch.answers, reference=scores, scored_twice=coupled)
-    traffic = collectives(text, len(parallel.devices)) if text else []
+    branches = 1 if config.data.layout == "concatenated" else parts.shape.answers
+    work = step_work(parts.model, params, batch.answers, branches=branches, reference=scores, scored_twice=coupled)
+    traffic = None if text is None else collectives(text, len(parallel.devices)) if text else []
     seconds = _bounds(config, chip, parallel, work, traffic, held, scores)
     layout = f"{_axes(config, parallel)}; {_batch_words(config, batch.answers)}"
-    return Plan(topology, len(parallel.devices), layout, parameter_count(params), memory, work, traffic, seconds)
+    count, attention = parameter_count(params), parts.model.config.attention
+    return Plan(topology, len(parallel.devices), layout, count, attention, memory, work, traffic, seconds)
 
 
 def larger_batches(config: Config, topology: str) -> Iterator[Plan]:
@@ -182,17 +188,23 @@ def show(plan: Plan, config: Config) -> str:
         f"  layout     {plan.layout}",
         f"  memory     {memory.total / GIB:.2f} GiB a chip of {memory.available / GIB:.2f}: "
         + ", ".join(f"{name} {value}" for name, value in gib.items()),
-        f"  products   {plan.work.useful / 1e15:.3g} PFLOP a step are useful, {plan.work.spent / 1e15:.3g} are spent",
+        f"  products   {plan.work.useful / 1e15:.3g} PFLOP a step are useful, {plan.work.spent / 1e15:.3g} are spent "
+        f"({plan.work.spent / plan.work.useful:.2f} times as many); attention is {plan.attention}",
     ]
     if not memory.fits:
         return "\n".join([*lines, f"  advice     {advice(plan, config)}"])
-    sent = [f"{t.kind} {t.sent / 1e9:.3g} GB in {t.count}" for t in plan.traffic] or ["nothing"]
+    sent = ", ".join(f"{t.kind} {t.sent / 1e9:.3g} GB in {t.count}" for t in plan.traffic or []) or "nothing"
+    links = (
+        "not known: the compiled program cannot be read"
+        if plan.traffic is None
+        else f"each chip sends in a step {sent}"
+    )
     bounds = ", ".join(f"{name} {value:.3g}" for name, value in plan.seconds.items())
     slowest = max(plan.seconds, key=plan.seconds.__getitem__)
     return "\n".join(
         [
             *lines,
-            f"  links      each chip sends in a step {', '.join(sent)}",
+            f"  links      {links}",
             f"  time       at least {plan.seconds[slowest]:.3g} s a step, bound by {slowest} ({bounds}); "
             f"MFU at most {plan.mfu:.0%}",
         ]
@@ -208,8 +220,10 @@ def advice(plan: Plan, config: Config) -> str:
             return "every chip holds all parameters: set config.parallel.mode=mesh and config.parallel.fsdp"
         more = "raise config.parallel.fsdp or tensor" if _undivided(config, plan) else "take a larger --topology"
         return f"parameters and optimizer alone take {held / GIB:.1f} GiB a chip: {more}, or set config.reference.store"
-    if config.model.remat != "full":
-        return "layers keep what they compute: set config.model.remat=full"
+    order = list(REMAT)
+    less = order[order.index(config.model.remat) + 1 :]
+    if less:
+        return f"layers keep what they compute: set config.model.remat={', or '.join(less)}"
     rows = config.data.batch_size // config.train.micro_batches
     if rows > plan.chips // config.parallel.tensor:
         return f"raise config.train.micro_batches (now {config.train.micro_batches}): fewer rows at a time"
@@ -219,8 +233,8 @@ def advice(plan: Plan, config: Config) -> str:
     )
 
 
-def _compile(step: Any, shapes: Any, chip: Chip) -> tuple[int, str]:
-    """(bytes that a chip needs, text of the program; empty when it does not fit)."""
+def _compile(step: Any, shapes: Any, chip: Chip) -> tuple[int, str | None]:
+    """(bytes that a chip needs, text of the program; empty when it does not fit, None when it cannot be read)."""
     try:
         compiled = step.lower(*shapes).compile()
     except jax.errors.JaxRuntimeError as error:
@@ -228,8 +242,13 @@ def _compile(step: Any, shapes: Any, chip: Chip) -> tuple[int, str]:
             raise
         found = _USED.search(str(error))
         return (int(float(found[1]) * _unit(found[2])) if found else chip.memory + 1), ""
-    analysis = compiled.memory_analysis()
-    return int(analysis.peak_memory_in_bytes), compiled.as_text()
+    needed = int(compiled.memory_analysis().peak_memory_in_bytes)
+    try:
+        return needed, compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        # The compiler for some pods writes programs that its own reader does not take back.
+        logging.warning("the program's traffic cannot be read: %s", str(error).splitlines()[0])
+        return needed, None
 
 
 def _unit(letter: str) -> int:
@@ -267,7 +286,7 @@ def _bounds(
     chip: Chip,
     parallel: Parallel,
     work: Work,
-    traffic: list[Collective],
+    traffic: list[Collective] | None,
     held: Mapping[str, int],
     scores_reference: bool,
 ) -> dict[str, float]:
@@ -275,13 +294,10 @@ def _bounds(
     # Each pass over a micro-batch reads the matrices; the update reads and writes the state, and reads the gradient.
     gathered = held["params"] * (config.parallel.fsdp if config.parallel.mode == "mesh" else 1)
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize / np.dtype(config.model.param_dtype).itemsize
-    passes = 2 + scores_reference + (config.model.remat == "full")
+    passes = 2 + scores_reference + (config.model.remat != "none")
     moved = config.train.micro_batches * passes * gathered * width + 3 * held["params"] + 2 * held["opt_state"]
-    return {
-        "compute": work.spent / (chips * chip.flops),
-        "memory": moved / chip.hbm,
-        "links": sum(t.sent for t in traffic) / chip.ici,
-    }
+    bounds = {"compute": work.spent / (chips * chip.flops), "memory": moved / chip.hbm}
+    return bounds if traffic is None else {**bounds, "links": sum(t.sent for t in traffic) / chip.ici}
 
 
 def _axes(config: Config, parallel: Parallel) -> str:

@@ -69,7 +69,12 @@ def identity_of(config: Config, parts: Parts, tokenizer: Any, weights: str) -> d
     """
     data, model = config.data, parts.model
     sizes = {field.name: getattr(model.config, field.name) for field in dataclasses.fields(model.config)}
-    for name in ("remat", "unroll", "adapter"):  # how it is computed, not what; and what the policy alone has
+    for name in (
+        "attention",
+        "remat",
+        "unroll",
+        "adapter",
+    ):  # how it is computed, not what; and what the policy alone has
         sizes.pop(name, None)
     precision = jax.config.values["jax_default_matmul_precision"]
     template = tokenizer.chat_template if data.template == "chat" else None
@@ -185,9 +190,10 @@ class ReferencePass:
         self._shape = replace(parts.shape, with_prompt=False, with_reference=False)
 
         model = lora.with_adapter(parts.model, None)
+        branches = 1 if self._layout == "concatenated" else parts.shape.answers
 
         def logps(params: Params, batch: TokenBatch) -> Array:
-            return target_scores(model, params, batch, config.train.head_chunk).logp
+            return target_scores(model, params, batch, config.train.head_chunk, branches=branches).logp
 
         self._logps = parallel.row_function(logps, "reference")
 

@@ -13,7 +13,7 @@ tensor  heads, MLP and vocabulary are split, and each device computes its part o
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,6 +72,33 @@ def constrain(x: Array, *names: str | None, rules: Rules = ACTIVATIONS) -> Array
     if not set(AXES) <= set(mesh.axis_names):
         return x
     return jax.lax.with_sharding_constraint(x, partition(names, x.shape, dict(mesh.shape), rules))
+
+
+def by_device(fn: Callable[..., Array], names: Sequence[Names], out: Names) -> Callable[..., Array]:
+    """``fn`` of the parts that each device holds: for programs that the compiler cannot split, such as kernels.
+
+    Args:
+      fn: of arrays; each part of its result depends on the like parts of its arguments alone.
+      names: logical names of the dimensions of each argument, as of :func:`constrain`; none for a scalar or None.
+      out: of the result, which has the dimensions of the first argument.
+
+    Returns:
+      A function of the whole arrays; ``fn`` itself where no mesh is in use.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not set(AXES) <= set(mesh.axis_names):
+        return fn
+
+    def split(*args: Array) -> Array:
+        shape = dict(mesh.shape)
+        specs = tuple(
+            partition(n, a.shape, shape, ACTIVATIONS) if n else PartitionSpec()
+            for n, a in zip(names, args, strict=True)
+        )
+        out_spec = partition(out, args[0].shape, shape, ACTIVATIONS)
+        return jax.shard_map(fn, in_specs=specs, out_specs=out_spec, check_vma=False)(*args)
+
+    return split
 
 
 class Placement:

@@ -95,23 +95,12 @@ def test_the_peak_of_a_pod_is_that_of_its_chips() -> None:
 def test_useful_products_are_those_of_tokens(layout: str, tokens: int, keys: int) -> None:
     model = tiny_model()
     params = tiny_params(model)
-    one = flops.forward(model.config, params, 1, 1)
-    expected = one.body * tokens + one.attention * keys + one.head * 4
+    one = flops.forward(model.config, params, tokens=tokens, pairs=model.config.layers * keys, targets=4)
+    body = one.base + one.head
     count = lambda **options: flops.useful_flops(model.config, params, batch_of(layout), **options)  # noqa: E731
-    assert count(reference=True) == 4 * expected
-    assert count(reference=False) == 3 * expected
-    assert count(reference=True, full=False) == 3 * expected
-
-
-def test_full_rows_have_the_products_of_the_plan() -> None:
-    """The plan halves causal scores, L²/2; counted to the token they are L·(L+1)/2."""
-    model = tiny_model()
-    params, length = tiny_params(model), 6
-    full = [Example(0, np.array([5, 6, 7], np.int32), (make_answer([7] * 4, CHOSEN), make_answer([8] * 4, REJECTED)))]
-    batch = lay_out(full, SHAPE)
-    plan = flops.step_work(model.config, params, batch.answers, reference=True, scored_twice=False).useful
-    diagonal = flops.forward(model.config, params, length, 4).attention / length / 2
-    assert flops.useful_flops(model.config, params, batch, reference=True) == plan + 4 * 2 * diagonal
+    assert count(reference=True) == 4 * (body + one.attention)
+    assert count(reference=False) == 3 * (body + one.attention)
+    assert count(reference=True, full=False) == 3 * body + 4 * one.attention
 
 
 def test_programs_are_counted_while_they_are_compiled() -> None:

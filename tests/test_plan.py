@@ -16,15 +16,17 @@ from dpo_jax import plan
 from dpo_jax.chips import parse
 from dpo_jax.config import from_config_dict
 from dpo_jax.convert.pretrained import open_pretrained
+from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape
 from dpo_jax.flops import Work, forward, step_work
 from dpo_jax.hlo import Collective, collectives
+from dpo_jax.lora import Adapter, with_adapter
 from dpo_jax.models import init_params, logical_axes, make_model
 from dpo_jax.parallel import check_divides
 from dpo_jax.sharding import Placement, mesh_shape
 from dpo_jax.trees import parameter_count
 from tests import tiny_run
-from tests.tiny import lay_out, random_examples
+from tests.tiny import lay_out, make_answer, random_examples
 
 SIZES = dict(vocab_size=50, context_length=32, width=8, layers=3, heads=4, kv_heads=2, mlp_width=12)
 
@@ -32,26 +34,77 @@ SIZES = dict(vocab_size=50, context_length=32, width=8, layers=3, heads=4, kv_he
 def test_products_of_a_forward_pass_are_those_of_a_sheet_of_paper() -> None:
     model = make_model("llama", SIZES)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    one = forward(model.config, params, length=10, targets=6)
+    one = forward(model.config, params, tokens=10, pairs=3 * 55, targets=6)
     # Queries and output 8×8, keys and values 8×4, three matrices of 8×12; each weight is a product and a sum a token.
-    assert one.body == 2 * 10 * 3 * (2 * 64 + 2 * 32 + 3 * 96)
-    assert one.attention == 3 * 2 * (2 * 10 * 10 * 8)
+    assert one.base == 2 * 10 * 3 * (2 * 64 + 2 * 32 + 3 * 96) and one.adapters == 0
+    assert one.attention == 3 * 2 * (2 * 55 * 8)
     assert one.head == 2 * 6 * 50 * 8
 
 
-def test_a_step_is_three_passes_of_the_policy_and_one_of_the_reference() -> None:
+LAYER = 2 * 64 + 2 * 32 + 3 * 96  # weights of a layer: queries and output, keys and values, the MLP
+
+
+def _work(batch, *, branches: int = 1, reference: bool = True, adapter: Adapter | None = None, **sizes) -> Work:
+    model = with_adapter(make_model("llama", {**SIZES, **sizes}), adapter)
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    return step_work(model, params, batch, branches=branches, reference=reference, scored_twice=False)
+
+
+@pytest.fixture(scope="module")
+def full_batch():
+    """Two pairs without padding: four rows of 4 + 5 − 1 positions and 5 targets."""
+    shape = Shape(2, 4, 5)
+    answer = lambda: make_answer(np.ones(5))  # noqa: E731
+    return lay_out([Example(i, np.ones(4, np.int32), (answer(), answer())) for i in range(2)], shape).answers
+
+
+def test_a_step_is_three_passes_of_the_policy_and_one_of_the_reference(full_batch) -> None:
+    tokens, pairs, head = 4 * 8, 4 * 8 * 9 // 2, 2 * 4 * 5 * 50 * 8
+    body, attention = 2 * tokens * 3 * LAYER, 3 * 4 * pairs * 8
+    assert _work(full_batch).useful == 4 * (body + attention + head)
+    assert _work(full_batch, reference=False).useful == 3 * (body + attention + head)
+    assert _work(full_batch, windows=(3, None, None)).useful == 4 * (body + attention + head) - 4 * 4 * 8 * 4 * 15
+
+
+@pytest.mark.parametrize(
+    ("remat", "weights", "scores"),
+    [
+        ("none", 0, 0),
+        ("dots", 0, 1),  # scores, which the pass back reads
+        ("gate", 64 + 96, 1),  # output, the MLP's other matrix of the first two
+        ("attention", 64 + 2 * 96, 1),
+        ("full", LAYER - 96, 2),  # all but what nobody reads: the MLP's last product
+    ],
+)
+def test_what_is_spent_beside_is_masked_scores_and_what_is_computed_again(full_batch, remat, weights, scores) -> None:
+    tokens, head, square = 4 * 8, 2 * 4 * 5 * 50 * 8, 3 * 4 * 4 * 8 * 8 * 8
+    again = 2 * tokens * 3 * weights + scores * square / 2 + head
+    assert _work(full_batch, remat=remat).spent == 4 * (2 * tokens * 3 * LAYER + square + head) + again
+
+
+def test_a_frozen_matrix_has_no_gradient(full_batch) -> None:
+    tokens, head, pairs = 4 * 8, 2 * 4 * 5 * 50 * 8, 4 * 8 * 9 // 2
+    adapter = Adapter("query", 2, 4.0)
+    low = 2 * tokens * 3 * 2 * (8 + 8)
+    useful = 3 * (2 * tokens * 3 * LAYER + head) + 4 * 3 * 4 * pairs * 8 + 3 * low
+    assert _work(full_batch, adapter=adapter).useful == useful
+
+
+def test_padding_is_not_useful_and_is_spent() -> None:
     shape = Shape(2, 4, 5)
     batch = lay_out(random_examples(2, shape), shape).answers
-    rows, length = batch.tokens_RL.shape
-    for remat in ("none", "full"):
-        model = make_model("llama", {**SIZES, "remat": remat})
-        params = jax.eval_shape(lambda model=model: init_params(model, jax.random.key(0)))
-        one = forward(model.config, params, length, batch.target_RM.shape[1])
-        work = step_work(model.config, params, batch, reference=True, scored_twice=False)
-        body = one.body + one.attention
-        again = one.head + (body if remat == "full" else 0)
-        useful = rows * 4 * (one.body + one.attention / 2 + one.head)
-        assert work == Work(useful, rows * (4 * (body + one.head) + again))
+    work, tokens = _work(batch, reference=False), int((batch.group_RL != 0).sum())
+    assert work.useful < 3 * 2 * tokens * 3 * LAYER + 3 * 4 * 2 * 5 * 50 * 8 * 2
+    assert work.spent > 3 * 2 * batch.tokens_RL.size * 3 * LAYER > work.useful / 2
+
+
+def test_a_kernel_computes_scores_of_whole_blocks(full_batch) -> None:
+    spent = {kernel: _work(full_batch, attention=kernel, remat="full").spent for kernel in ("dense", "splash")}
+    square = 3 * 4 * 4 * 8  # layers × operations of a pair, over all heads, × rows
+    # Dense: two passes, one again, and four products back. The kernel: a block of 128 for 8 tokens, seven products
+    # back, and one of each result with its gradient.
+    own = 3 * 4 * 2 * 128 * 8
+    assert spent["splash"] - spent["dense"] == square * ((3 + 3.5) * 128**2 - (4 + 1) * 8**2) + own
 
 
 HLO = """HloModule step, is_scheduled=true
@@ -127,7 +180,7 @@ def test_a_pod_that_does_not_exist_is_refused_with_those_that_do(topology: str, 
         (15, {}, "set config.parallel.mode=mesh"),
         (15, {"parallel.mode": "mesh", "parallel.fsdp": 2}, "raise config.parallel.fsdp or tensor"),
         (15, {"parallel.mode": "mesh", "parallel.fsdp": 4}, "take a larger --topology"),
-        (1, {}, "set config.model.remat=full"),
+        (1, {}, "set config.model.remat=dots, or gate"),
         (1, {"model.remat": "full", "data.batch_size": 16}, "raise config.train.micro_batches"),
         (1, {"model.remat": "full"}, "raise config.parallel.tensor"),
     ],
@@ -135,7 +188,7 @@ def test_a_pod_that_does_not_exist_is_refused_with_those_that_do(topology: str, 
 def test_advice_names_the_key_to_change(held: int, changes, message: str, tmp_path: Path) -> None:
     config = tiny_run.make_config(tmp_path, **{"train.micro_batches": 1, **changes})
     memory = plan.Memory(held * plan.GIB, 0, 0, 20 * plan.GIB, 16 * plan.GIB)
-    pod = plan.Plan("v5e:2x2", 4, "", 1, memory, Work(1.0, 1.0), [], {"compute": 1.0})
+    pod = plan.Plan("v5e:2x2", 4, "", 1, "dense", memory, Work(1.0, 1.0), [], {"compute": 1.0})
     assert message in plan.advice(pod, config)
     assert "DOES NOT FIT" in plan.show(pod, config)
 
@@ -148,6 +201,8 @@ PODS = {
     "mistral_7b_v4_32": 7_241_732_096,
     "llama3_70b_v5p_256": 70_553_706_496,
     "llama3_70b_v5e_256": 70_553_706_496,
+    "llama3_70b_v5p_256_lora": 70_553_706_496,
+    "llama3_70b_v5e_256_lora": 70_553_706_496,
 }
 
 

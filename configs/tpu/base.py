@@ -1,4 +1,4 @@
-"""What DPO on TPU pods has in common: 64 pairs of up to 2,048 tokens, bf16 products, fp32 parameters over a mesh."""
+"""What DPO on TPU pods has in common: packed rows, each with room for a pair of the greatest length, over a mesh."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,8 @@ from configs import base
 
 
 def pod_config(topology: str, model: str, sizes: str) -> ConfigDict:
-    """A run of all chips of a pod.
+    """A run of all chips of a pod: 64 rows a step, each of a prompt and two answers of up to 1,024 tokens, or of more
+    pairs that are shorter; bf16 products, fp32 parameters.
 
     Args:
       topology: the pod.
@@ -16,13 +17,21 @@ def pod_config(topology: str, model: str, sizes: str) -> ConfigDict:
     config = base.get_config()
     config.data.update(source="files", dir="runs/tpu/data")
     config.data.tokenizer = config.init.get_oneway_ref("hf")
-    config.data.update(prompt_length=1024, answer_length=1024, batch_size=64)
+    config.data.update(layout="packed", prompt_length=1024, answer_length=1024, row_length=3072, batch_size=64)
     config.init.hf = model
-    config.model.update(dtype="bfloat16", remat="full", unroll=1)
+    config.model.update(dtype="bfloat16", remat="gate", unroll=1)
     config.optim.update(learning_rate=5e-7, schedule="linear", warmup_steps=150, b2=0.999)
     config.train.update(epochs=1.0, log_every=10)
     config.eval.update(every=500, examples=256)
     config.checkpoint.update(every=500, keep=1)
     config.parallel.mode = "mesh"
     config.plan.update(topology=topology, sizes=f"configs/tpu/sizes/{sizes}")
+    return config
+
+
+def with_adapters(config: ConfigDict) -> ConfigDict:
+    """The same run, which trains adapters on a frozen base in bf16."""
+    config.model.param_dtype = "bfloat16"
+    config.lora.update(rank=16, alpha=32.0)
+    config.optim.learning_rate = 2e-4  # higher than for whole models, as is usual
     return config

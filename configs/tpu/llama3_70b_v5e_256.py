@@ -13,6 +13,6 @@ from configs.tpu.base import pod_config
 
 def get_config() -> ConfigDict:
     config = pod_config("v5e:16x16", "meta-llama/Meta-Llama-3-70B", "llama3_70b")
-    config.parallel.update(fsdp=64, tensor=4)
-    config.train.micro_batches = 1
+    config.parallel.update(fsdp=32, tensor=8)
+    config.train.micro_batches = 2
     return config

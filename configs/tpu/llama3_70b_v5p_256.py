@@ -14,5 +14,6 @@ from configs.tpu.base import pod_config
 def get_config() -> ConfigDict:
     config = pod_config("v5p:4x4x8", "meta-llama/Meta-Llama-3-70B", "llama3_70b")
     config.parallel.update(fsdp=64, tensor=2)
+    config.model.remat = "dots"
     config.train.micro_batches = 1
     return config

@@ -14,5 +14,6 @@ from configs.tpu.base import pod_config
 def get_config() -> ConfigDict:
     config = pod_config("v5p:2x2x2", "meta-llama/Meta-Llama-3-8B", "llama3_8b")
     config.parallel.update(fsdp=8, tensor=1)
+    config.model.remat = "dots"
     config.train.micro_batches = 4
     return config

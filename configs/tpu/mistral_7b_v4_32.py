@@ -14,5 +14,6 @@ from configs.tpu.base import pod_config
 def get_config() -> ConfigDict:
     config = pod_config("v4:2x2x4", "mistralai/Mistral-7B-v0.1", "mistral_7b")
     config.parallel.update(fsdp=16, tensor=1)
+    config.model.remat = "dots"
     config.train.micro_batches = 4
     return config

@@ -14,5 +14,6 @@ from configs.tpu.base import pod_config
 def get_config() -> ConfigDict:
     config = pod_config("v5e:4x4", "EleutherAI/pythia-2.8b", "pythia_2_8b")
     config.parallel.update(fsdp=16, tensor=1)
+    config.model.remat = "dots"
     config.train.micro_batches = 4
     return config

@@ -10,7 +10,19 @@ import jax.numpy as jnp
 from dpo_jax.lora import Adapter
 from dpo_jax.models.rope import Rope
 
-REMAT = ("none", "dots", "full")  # what a layer keeps for the backward pass: everything, products, its input alone
+ATTENDED = "attended"
+_ATTENTION = (ATTENDED, "qkv", *(f"attention/{name}" for name in ("query", "key", "value")))
+_OUT = ("attention_out", "attention/out", "mlp_out", "mlp/out", "mlp/down")
+# What a layer keeps for the backward pass beside its input, from most to least: what attention saw, and products.
+REMAT: dict[str, tuple[str, ...] | None] = {
+    "none": None,  # everything
+    "dots": (*_ATTENTION, *_OUT, "mlp_in", "mlp/in", "mlp/gate", "mlp/up"),
+    "gate": (*_ATTENTION, "mlp/gate"),
+    "attention": _ATTENTION,
+    "full": (),
+}
+# How whole rows are attended to: dense blocks, or a kernel of TPUs (interpreted, slowly, on CPUs) or of GPUs.
+ATTENTION = ("dense", "splash", "interpreted", "cudnn")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,7 @@ class DecoderConfig:
       output_dtype: of the final hidden states and of the product with the head; None is ``dtype``.
       unroll: layers of the scan that are compiled side by side; a divisor of N.
       remat: a name in REMAT.
+      attention: a name in ATTENTION.
       adapter: low-rank adapters of linear layers; None for none.
     """
 
@@ -69,6 +82,7 @@ class DecoderConfig:
     output_dtype: Any = None
     unroll: int = 1
     remat: str = "none"
+    attention: str = "dense"
     adapter: Adapter | None = None
 
     def __post_init__(self) -> None:
@@ -80,8 +94,9 @@ class DecoderConfig:
             entries = getattr(self, name)
             if entries and len(entries) != self.layers:
                 raise ValueError(f"model.{name} has {len(entries)} entries for {self.layers} layers")
-        if self.remat not in REMAT:
-            raise ValueError(f"model.remat is {self.remat!r}; known: {', '.join(REMAT)}")
+        for name, known in (("remat", REMAT), ("attention", ATTENTION)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
 
     @property
     def key_heads(self) -> int:

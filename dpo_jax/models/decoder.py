@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import ATTENDED, REMAT, DecoderConfig
 from dpo_jax.models.layers import Cache, Dense, attend, cached_mask, extend
 from dpo_jax.models.rope import rotate
+from dpo_jax.models.splash import Sight, splash
 from dpo_jax.sharding import PARAMETERS, constrain
 from dpo_jax.types import Array
-
-_POLICIES = {"dots": jax.checkpoint_policies.checkpoint_dots, "full": None}
 
 
 @struct.dataclass
@@ -38,22 +38,23 @@ class Context:
     """What all layers share.
 
     Attributes:
-      mask_RQT: bool, which keys a token sees: those of its row, or the cache's and then its row's.
+      sight: which keys a token sees: bool [R, Q, T], those of its row, or the cache's and then its row's; or a Sight.
       distance_RQT: int32, how many positions the key is back; None when no layer has a window.
       cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
       sin: the same.
     """
 
-    mask_RQT: Array
+    sight: Array | Sight
     distance_RQT: Array | None
     cos: Array | None
     sin: Array | None
 
     def seen(self, layer: Layer) -> Array:
-        """bool [R, Q, T], which keys a token sees in a layer."""
+        """bool [R, Q, T], which keys a token sees in a layer; of a context without a Sight."""
+        assert not isinstance(self.sight, Sight)
         if self.distance_RQT is None or layer.window is None:
-            return self.mask_RQT
-        return self.mask_RQT & (self.distance_RQT < layer.window)
+            return self.sight
+        return self.sight & (self.distance_RQT < layer.window)
 
     def turn(self, x_RQHE: Array, layer: Layer) -> Array:
         """Queries or keys with the layer's rotary embedding."""
@@ -77,8 +78,9 @@ class Decoder(nn.Module):
         if not c.tied_head:
             self.head_matrix = self.table("head", ("vocab", "embed"), c.vocab_size)
         block = self.block
-        if c.remat != "none":
-            block = nn.remat(block, policy=_POLICIES[c.remat], prevent_cse=False)
+        kept = REMAT[c.remat]
+        if kept is not None:
+            block = nn.remat(block, policy=jax.checkpoint_policies.save_only_these_names(*kept), prevent_cse=False)
         blocks = nn.scan(
             block,
             variable_axes={"params": 0},
@@ -98,14 +100,20 @@ class Decoder(nn.Module):
         return constrain(values, *axes, rules=PARAMETERS)
 
     def __call__(
-        self, tokens_RQ: Array, position_RQ: Array, mask_RQT: Array, cache: Cache | None = None, start: Array | int = 0
+        self,
+        tokens_RQ: Array,
+        position_RQ: Array,
+        mask_RQT: Array | Sight,
+        cache: Cache | None = None,
+        start: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
         """Hidden states of Q tokens a row.
 
         Args:
           tokens_RQ: int32.
           position_RQ: int32, each below ``context_length``.
-          mask_RQT: bool, which of the T keys a token sees: those of its row (T = Q), or the slots of the cache.
+          mask_RQT: bool, which of the T keys a token sees: those of its row (T = Q), or the slots of the cache; for
+            whole rows also a Sight, which a kernel reads in its place.
           cache: keys and values of earlier tokens; None when the row is whole.
           start: cache slot of the first of these tokens.
 
@@ -114,12 +122,14 @@ class Decoder(nn.Module):
         """
         c = self.config
         x_RQD = constrain(self.embed(tokens_RQ, position_RQ).astype(c.dtype), "rows", None, "embed")
+        layers = self._layers(tokens_RQ.shape[1] if cache is None else None)
         if cache is None:
-            x_RQD, _ = self.blocks(x_RQD, None, self._layers(), self._context(position_RQ, position_RQ, mask_RQT))
+            x_RQD, _ = self.blocks(x_RQD, None, layers, self._context(position_RQ, position_RQ, mask_RQT, layers))
         else:
+            assert not isinstance(mask_RQT, Sight), "a cache is looked at through a mask"
             key_position_RT = jnp.concatenate([jnp.asarray(cache.position), position_RQ], axis=1)
-            context = self._context(position_RQ, key_position_RT, cached_mask(mask_RQT, start))
-            x_RQD, new = self.blocks(x_RQD, Cache(cache.key, cache.value), self._layers(), context)
+            context = self._context(position_RQ, key_position_RT, cached_mask(mask_RQT, start), layers)
+            x_RQD, new = self.blocks(x_RQD, Cache(cache.key, cache.value), layers, context)
             cache = extend(cache, new, position_RQ, start)
         return self.final_norm(x_RQD).astype(c.output_dtype or c.dtype), cache
 
@@ -141,18 +151,20 @@ class Decoder(nn.Module):
         shape = (c.layers, rows, c.key_heads, slots, c.size)
         return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((rows, slots), jnp.int32))
 
-    def _context(self, position_RQ: Array, key_position_RT: Array, mask_RQT: Array) -> Context:
+    def _context(self, position_RQ: Array, key_position_RT: Array, sight: Array | Sight, layers: Layer) -> Context:
         c = self.config
-        distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if _has_windows(c) else None
+        distances = layers.window is not None and not isinstance(sight, Sight)
+        distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if distances else None
         angles = [rope.angles(position_RQ, c.size) for rope in c.ropes]
         cos, sin = (jnp.stack(part) for part in zip(*angles, strict=True)) if angles else (None, None)
-        return Context(mask_RQT, distance, cos, sin)
+        return Context(sight, distance, cos, sin)
 
-    def _layers(self) -> Layer:
-        """[N] entries."""
+    def _layers(self, length: int | None) -> Layer:
+        """[N] entries, for sequences of at most ``length`` tokens."""
         c = self.config
-        everything = np.iinfo(np.int32).max
-        windows = [w or everything for w in c.windows] if c.windows is not None and _has_windows(c) else None
+        everything = np.iinfo(np.int32).max if length is None else length
+        all_windows = [w or everything for w in c.windows or ()]
+        windows = all_windows if any(w < everything for w in all_windows) else None
         ropes = list(c.rope_of_layer) if len(c.ropes) > 1 else None
         return Layer(*(None if entries is None else jnp.asarray(entries, jnp.int32) for entries in (windows, ropes)))
 
@@ -160,10 +172,6 @@ class Decoder(nn.Module):
 def look_up(table: Array, index_RQ: Array, axis: str | None = "vocab") -> Array:
     """Rows of a table, [R, Q, D]. A table that is split by width is gathered first; ``axis`` names its rows."""
     return constrain(table, axis, "embed")[index_RQ]
-
-
-def _has_windows(config: DecoderConfig) -> bool:
-    return any(window is not None for window in config.windows or ())
 
 
 class Attention(nn.Module):
@@ -204,8 +212,20 @@ def attend_and_keep(
     """
     q, k = context.turn(q, layer), context.turn(k, layer)
     scale, cap = config.score_scale, config.attention_cap
+    if isinstance(context.sight, Sight):
+        out = _attend_by_kernel(config, q, k, v, context.sight, layer)
+        return out.reshape(*out.shape[:2], -1), None
     out, new = attend(q, k, v, context.seen(layer), cache, scale=scale, cap=cap)
+    out = checkpoint_name(out, ATTENDED) if cache is None else out
     return out.reshape(*out.shape[:2], -1), None if cache is None else new
+
+
+def _attend_by_kernel(config: DecoderConfig, q: Array, k: Array, v: Array, sight: Sight, layer: Layer) -> Array:
+    scale, cap = config.score_scale, config.attention_cap
+    if config.attention == "cudnn":  # of rows that hold one sequence: padding comes after it, and sees what it likes
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    interpret = config.attention == "interpreted"
+    return splash(q, k, v, sight, window=layer.window, scale=scale, cap=cap, interpret=interpret)
 
 
 class Mlp(nn.Module):

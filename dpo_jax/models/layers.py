@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from dpo_jax import lora
@@ -221,7 +222,7 @@ class Dense(nn.Module):
         y = product(x, kernel, c.dtype)
         if c.adapter is not None and c.adapter.matches("/".join(self.path)):
             y += self._low_rank(x, c.adapter)
-        y = constrain(y, "rows", *[None] * (x.ndim - 2), self.axes[1])
+        y = checkpoint_name(constrain(y, "rows", *[None] * (x.ndim - 2), self.axes[1]), "/".join(self.path[1:]))
         if not self.bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from dpo_jax import sharding
-from dpo_jax.data.layouts import Shape, concatenated, shared_prefix
+from dpo_jax.data.layouts import LAYOUTS, Shape, concatenated, shared_prefix
 from dpo_jax.models import FAMILIES, init_params, make_model
+from dpo_jax.models.config import REMAT
 from dpo_jax.models.layers import product
 from dpo_jax.models.rope import Rope
 from dpo_jax.trees import named_leaves
@@ -72,17 +73,32 @@ def test_remat_changes_memory_and_not_numbers() -> None:
     batch = concatenated(random_examples(4, shape), shape)
     params = tiny_params(_tiny("llama"))
     found, text = {}, {}
-    for remat in ("none", "dots", "full"):
+    for remat in REMAT:
         model = _tiny("llama", remat=remat)
         found[remat] = _score_and_gradient(model, params, batch)
         lowered = jax.make_jaxpr(jax.grad(lambda p, m=model: m.apply({"params": p}, *_inputs())[0].sum()))(params)
         text[remat] = str(lowered)
-    for remat in ("dots", "full"):
+    for remat in REMAT:
         for a, b in zip(jax.tree.leaves(found[remat]), jax.tree.leaves(found["none"]), strict=True):
             # The same sums in programs that are fused in other ways.
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
-    assert "remat" not in text["none"] and "remat" in text["dots"] and "remat" in text["full"]
-    assert text["dots"] != text["full"]
+    assert [remat for remat in REMAT if "remat" not in text[remat]] == ["none"]
+    products = [text[remat].count("dot_general") for remat in REMAT]
+    assert products == sorted(set(products)), "each keeps less than the one before, and computes more again"
+
+
+@pytest.mark.parametrize("layout", ["concatenated", "packed"])
+def test_a_kernel_in_the_layers_gives_the_numbers_of_dense_attention(layout: str) -> None:
+    """With windows, soft caps, grouped heads, and a kernel whose results are kept while others are computed again."""
+    shape = Shape(2, 5, 6, row_length=32)
+    batch = LAYOUTS[layout](random_examples(4, shape), shape)
+    params = tiny_params(_tiny("gemma2"))
+    found = [
+        _score_and_gradient(_tiny("gemma2", windows=(4, None), **kernel), params, batch)
+        for kernel in ({}, {"attention": "interpreted", "remat": "gate"})
+    ]
+    # Sums in another order, in layers whose matrices are large.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), *found)
 
 
 def _inputs():
@@ -141,7 +157,7 @@ def test_half_precision_products_are_summed_in_fp32_in_both_directions() -> None
     [
         (dict(kv_heads=3), "heads 4 is not a multiple of model.kv_heads 3"),
         (dict(windows=(3,)), "windows has 1 entries for 2 layers"),
-        (dict(remat="some"), "remat is 'some'; known: none, dots, full"),
+        (dict(remat="some"), "remat is 'some'; known: none, dots, gate, attention, full"),
         (dict(width=18), "width 18 is not a multiple of model.heads 4"),
     ],
 )
