@@ -36,12 +36,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of the sweep: made when new")
     parser.add_argument("--size", choices=("full", "small", "quick"), default="full", help="experiments/imdb/sweeps.py")
+    parser.add_argument("--steps", type=int, help="updates of a run; the size's by default")
+    parser.add_argument("--seeds", type=int, help="how many seeds; the size's by default")
     arguments = parser.parse_args()
 
     def start(_: list[str]) -> None:
         with user_errors():
-            base = get_config(arguments.size)
-            run(base, get_axes(arguments.size), get_rlhf_axes(arguments.size), arguments.workdir)
+            base, axes = get_config(arguments.size), (get_axes(arguments.size), get_rlhf_axes(arguments.size))
+            if arguments.steps is not None:
+                base.train.update(epochs=None, steps=arguments.steps)
+            for table in axes:
+                table["seed"] = table["seed"][: arguments.seeds]
+            run(base, *axes, arguments.workdir)
 
     app.run(start, argv=sys.argv[:1])
 

@@ -38,8 +38,8 @@ class Settings:
 
     problems: int = 20
     pairs: tuple[int | None, ...] = (100, None)  # labelled pairs; None is infinitely many
-    steps: int = 4000
-    betas: tuple[float, ...] = tuple(np.geomspace(8, 0.03, 40).tolist())
+    steps: int = 3000
+    betas: tuple[float, ...] = tuple(np.geomspace(30, 0.03, 24).tolist())
 
 
 QUICK = Settings(problems=2, pairs=(None,), steps=1500, betas=tuple(np.geomspace(4, 0.05, 12).tolist()))
@@ -165,9 +165,7 @@ def _rows(
         for name, value in found.items()
     }
     values = {
-        (name, level, k): np.array(
-            [path[:, k].max() if level is None else at_kl(path[:, 0], path[:, k], level) for path in value]
-        )
+        (name, level, k): np.array([_at(path, level, k) for path in value])
         for name, value in paths.items()
         for level in LEVELS
         for k in (1, 2)
@@ -188,6 +186,13 @@ def _rows(
     return rows
 
 
+def _at(path: np.ndarray, level: float | None, k: int) -> float:
+    """Column ``k`` of a path [β, (KL, wins, wins)] at a level of KL; nan where it begins past it or ends before."""
+    if level is None:
+        return float(path[:, k].max())
+    return at_kl(path[:, 0], path[:, k], level) if path[0, 0] <= level else float("nan")
+
+
 def _mean(name: str, values: np.ndarray) -> dict[str, float]:
     """Mean and the half of its 95 % interval over the problems whose path reaches the level."""
     known = values[np.isfinite(values)]
@@ -196,23 +201,26 @@ def _mean(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def draw(rows: list[dict[str, object]], path: Path) -> None:
-    """Wins against the reference and the worst opponent over KL, a row of panels a kind of annotator."""
+    """Wins less those of DPO at equal KL, with 95 % intervals: against the reference and the worst opponent."""
     matplotlib.use("Agg")
     figure, axes = plt.subplots(2, len(ANNOTATORS), figsize=(11, 6), layout="constrained", sharex=True)
+    lines = [key for key in dict.fromkeys((r["method"], r["pairs"]) for r in rows) if key[0] not in ("dpo", "best")]
     for column, annotator in zip(axes.T, ANNOTATORS, strict=True):
         for ax, what in zip(column, ("reference", "worst"), strict=True):
-            for i, (method, pairs) in enumerate(dict.fromkeys((r["method"], r["pairs"]) for r in rows)):
-                key = annotator, method, pairs
-                own = [r for r in rows if (r["annotators"], r["method"], r["pairs"]) == key and r["kl"] != "any"]
-                style = "-" if pairs == "infinite" else ":"
-                x, y = [r["kl"] for r in own], [r[f"beats_{what}"] for r in own]
-                ax.plot(x, y, style, marker="o", ms=3, color=f"C{i % 5}", label=f"{method}, {pairs} pairs")
-            ax.set(title=f"{annotator} annotators", ylabel=f"wins against the {what}", xlabel="KL, nats")
+            for i, key in enumerate(lines):
+                place = annotator, *key
+                own = [r for r in rows if (r["annotators"], r["method"], r["pairs"]) == place and r["kl"] != "any"]
+                x = np.array([r["kl"] for r in own], float) + 0.006 * (i - len(lines) / 2)
+                y, error = ([r[f"{what}_less_dpo{end}"] for r in own] for end in ("", "_±"))
+                color = f"C{('ipo', 'rlhf', 'nash').index(str(key[0]))}"
+                mark = "o-" if key[1] == "infinite" else "s:"
+                ax.errorbar(x, y, error, fmt=mark, ms=3, capsize=2, color=color, label=f"{key[0]}, {key[1]} pairs")
+            ax.axhline(0, color="black", lw=0.8)
+            ax.set(title=f"{annotator} annotators", ylabel=f"wins against the {what}, less DPO's", xlabel="KL, nats")
             ax.grid(alpha=0.3)
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8, frameon=False
-    )
-    figure.savefig(path, dpi=110)
+    handles = axes[0, 0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 
