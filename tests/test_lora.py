@@ -254,7 +254,7 @@ def test_a_changed_base_is_refused(run: Path, data: Path, tmp_path: Path, monkey
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "summary.json").unlink()
     for module in (start, opened):
-        monkeypatch.setattr(module, "start_params", lambda config, model: init_params(model, jax.random.key(1)))
+        monkeypatch.setattr(module, "start_params", lambda config, model, *_: init_params(model, jax.random.key(1)))
     with pytest.raises(ValueError, match="holds other parameters than when adapters were trained on it"):
         start.load_policy(tmp_path / "run", model)
     with pytest.raises(ValueError, match="holds other parameters than when this run began"):
