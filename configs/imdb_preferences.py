@@ -11,5 +11,6 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.init.run = "runs/imdb/sft"
+    config.prefer.batch_size = 200  # rows that the evaluation of DPO samples too: one program for both
     config.train.steps = 1  # nothing is trained
     return config

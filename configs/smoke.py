@@ -16,7 +16,7 @@ def get_config(stage: str = "dpo") -> ConfigDict:
     config.data.answer_length = 32 - config.data.prompt_length
     config.model.update(context_length=32, width=64, layers=2, heads=2, mlp_width=128, unroll=2)
     config.eval.update(every=1000, examples=1024)
-    config.prefer.update(prompts=250, eval_prompts=256, batch_size=500)
+    config.prefer.update(prompts=250, eval_prompts=256, batch_size=256)
     config.checkpoint.every = 1000
     if stage == "sft":
         config.train.steps = 400

@@ -8,17 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
 
 from dpo_jax import lora, processes, reference, sources, workdir
 from dpo_jax.build import build, check_examples, is_adapted, make_parallel, make_pipeline, state_shapes
-from dpo_jax.config import Config
+from dpo_jax.config import Config, DataConfig
 from dpo_jax.data.pipeline import source_fingerprint
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
 from dpo_jax.hashing import hash_tree
-from dpo_jax.parallel import check_divides
+from dpo_jax.parallel import Parallel, check_divides
+from dpo_jax.rewards import Reward
 from dpo_jax.shared import Shared, program_key
 from dpo_jax.start import start_params
 from dpo_jax.steps import TrainState, make_eval_step
@@ -59,8 +61,7 @@ class OpenedRun:
         self.data = sources.flipped(opened, config.data.flip, config.seed)
         self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
         model = self.parts.model
-        place = ("devices", config.parallel, model if config.parallel.mode == "mesh" else None)
-        self.parallel = self.shared.get(place, lambda: make_parallel(config.parallel, model, jax.devices()))
+        self.parallel = shared_devices(self.shared, config, model)
         check_divides(config.data.batch_size, config.train.micro_batches, self.parallel.parts)
         roles, _ = (
             self.shared.get(
@@ -146,24 +147,14 @@ class OpenedRun:
     def _sampled_answers(self) -> SampledAnswers:
         settings, config = self.config.eval, self.config
         prompts = unique_prompts(self.data.held_out, settings.prompts)
-        completer = self.shared.get(
-            ("completer", self.parts.model, len(prompts), self._clean_data, config.train.head_chunk, config.parallel),
-            lambda: Completer(
-                self.parts.model,
-                self.data.tokenizer,
-                self.parallel,
-                prompt_length=config.data.prompt_length,
-                answer_length=config.data.answer_length,
-                rows=len(prompts),
-                head_chunk=config.train.head_chunk,
-            ),
+        completer = shared_completer(
+            self.shared, config, self.parts.model, self.data.tokenizer, self.parallel, settings.prompts
         )
-        judge = ("judge", settings.reward, self._clean_data)
         return SampledAnswers(
             completer,
             prompts,
             self._sides(),
-            self.shared.get(judge, lambda: sources.imdb_reward(config.data, settings.reward)),
+            shared_reward(self.shared, config.data, settings.reward),
             self.workdir / "samples" if processes.first() else None,
             seed=self.config.seed,
             temperature=settings.temperature,
@@ -178,6 +169,37 @@ class OpenedRun:
             return lambda state: (lora.join(state.reference, state.params), lora.join(state.reference, nothing))
         start = self.shared.get(("placed", *self._start_key), lambda: self.parallel.replicate(self.start_params()))
         return lambda state: (state.params, start)
+
+
+def shared_devices(shared: Shared, config: Config, model: nn.Module) -> Parallel:
+    """The devices, one for all that place things on them alike."""
+    place = ("devices", config.parallel, model if config.parallel.mode == "mesh" else None)
+    return shared.get(place, lambda: make_parallel(config.parallel, model, jax.devices()))
+
+
+def shared_completer(
+    shared: Shared, config: Config, model: nn.Module, tokenizer: Any, parallel: Parallel, rows: int
+) -> Completer:
+    """What answers prompts, one for all that sample from such a model: it is compiled once."""
+    data, chunk = config.data, config.train.head_chunk
+    lengths = data.prompt_length, data.answer_length
+    return shared.get(
+        ("completer", model, sources.tokenizer_folder(data), lengths, rows, chunk, config.parallel),
+        lambda: Completer(
+            model,
+            tokenizer,
+            parallel,
+            prompt_length=data.prompt_length,
+            answer_length=data.answer_length,
+            rows=rows,
+            head_chunk=chunk,
+        ),
+    )
+
+
+def shared_reward(shared: Shared, data: DataConfig, name: str) -> Reward:
+    """The judge of IMDb texts, read once."""
+    return shared.get(("judge", name, data.dir, data.reviews), lambda: sources.imdb_reward(data, name))
 
 
 class _Head:

@@ -24,10 +24,10 @@ from dpo_jax.data.prepared import is_prepared
 from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.data.windows import prompt_tokens, review_windows
-from dpo_jax.evaluate import Completer
-from dpo_jax.parallel import DataParallel
+from dpo_jax.opened import shared_completer, shared_devices, shared_reward
 from dpo_jax.progress import Progress, duration
 from dpo_jax.rewards import Reward
+from dpo_jax.shared import Shared
 from dpo_jax.start import load_policy, make_start_model
 from dpo_jax.workdir import owned
 
@@ -35,12 +35,13 @@ EXAMPLES_FOLDER = "examples"
 PARTS = {"train": "prompts", "eval": "eval"}  # split of the pairs → part of the reviews
 
 
-def run(config: Config, workdir: str | os.PathLike[str]) -> Path:
+def run(config: Config, workdir: str | os.PathLike[str], shared: Shared | None = None) -> Path:
     """Samples, ranks and writes the pairs, once.
 
     Args:
       config: the experiment; ``config.prefer`` and ``config.init.run`` matter.
       workdir: its folder; the pairs go to ``examples`` in it, and appear there when all are written.
+      shared: what it has in common with the runs of this process.
 
     Returns:
       The folder of the pairs, for ``config.data.path``.
@@ -50,17 +51,17 @@ def run(config: Config, workdir: str | os.PathLike[str]) -> Path:
       OSError: the workdir cannot be written.
     """
     with buckets.mirrored(workdir) as (folder, _), owned(folder, config):
-        return _run(config, folder)
+        return _run(config, folder, shared or Shared())
 
 
-def _run(config: Config, workdir: Path) -> Path:
+def _run(config: Config, workdir: Path, shared: Shared) -> Path:
     folder = workdir / EXAMPLES_FOLDER
     if is_prepared(folder):
         logging.info("%s is finished; remove it, or choose another --workdir, to sample anew.", folder)
         return folder
     if config.init.run is None:
         raise ValueError("config.init.run is not set: give the workdir of the run whose policy answers the prompts")
-    maker = _PairMaker(config)
+    maker = _PairMaker(config, shared)
     counts = {"train": config.prefer.prompts, "eval": config.prefer.eval_prompts}
     metadata = write_examples(
         {split: maker.pairs(split, count) for split, count in counts.items()},
@@ -78,22 +79,14 @@ def _run(config: Config, workdir: Path) -> Path:
 class _PairMaker:
     """Samples answers in batches and pairs them; counts what it does."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shared: Shared) -> None:
         self.config = config
         self.tokenizer = sources.imdb_tokenizer(config.data)
-        self.reward: Reward = sources.imdb_reward(config.data, config.prefer.reward)
-        parallel = DataParallel()
+        self.reward: Reward = shared_reward(shared, config.data, config.prefer.reward)
         model = make_start_model(config, len(self.tokenizer))
+        parallel = shared_devices(shared, config, model)
         self.params = parallel.replicate(load_policy(buckets.fetched(config.init.run or ""), model))
-        self.completer = Completer(
-            model,
-            self.tokenizer,
-            parallel,
-            prompt_length=config.data.prompt_length,
-            answer_length=config.data.answer_length,
-            rows=config.prefer.batch_size,
-            head_chunk=config.train.head_chunk,
-        )
+        self.completer = shared_completer(shared, config, model, self.tokenizer, parallel, config.prefer.batch_size)
         self.tokens = self.seconds = 0.0
         self.prompts = self.duplicates = self.ties = 0
         self.gaps: list[float] = []

@@ -20,6 +20,7 @@ from dpo_jax import prefer, sources, train
 from dpo_jax.config import Config, from_config_dict
 from dpo_jax.main import user_errors
 from dpo_jax.progress import duration, stage
+from dpo_jax.shared import Shared
 from experiments.imdb import report
 
 
@@ -58,7 +59,7 @@ def run(workdir: Path, configs: str, seed: int) -> dict[str, float]:
     Returns:
       The last numbers of the DPO run.
     """
-    begin = time.monotonic()
+    begin, shared = time.monotonic(), Shared()
     sft, preferences, dpo = (_config(configs, name, workdir, seed) for name in ("sft", "preferences", "dpo"))
     with stage("1/5 data: reviews in four disjoint parts, and a tokenizer", 20):
         tokenizer = sources.imdb_tokenizer(sft.data)
@@ -66,11 +67,11 @@ def run(workdir: Path, configs: str, seed: int) -> dict[str, float]:
     with stage("2/5 ground truth: a classifier of sentiment, on its own part of the reviews", 20):
         sources.imdb_reward(sft.data, dpo.eval.reward)
     with stage("3/5 supervised fine-tuning from scratch", 150):
-        train.run(sft, workdir / "sft")
+        train.run(sft, workdir / "sft", shared)
     with stage("4/5 preferences: sampling and ranking answers", 40):
-        prefer.run(preferences, workdir / "preferences")
+        prefer.run(preferences, workdir / "preferences", shared)
     with stage("5/5 DPO: chosen and rejected through policy and reference", 180):
-        summary = train.run(dpo, workdir / "dpo")
+        summary = train.run(dpo, workdir / "dpo", shared)
     report.write(workdir)
     logging.info("all stages took %s", duration(time.monotonic() - begin))
     return summary
