@@ -193,6 +193,27 @@ def test_advice_names_the_key_to_change(held: int, changes, message: str, tmp_pa
     assert "DOES NOT FIT" in plan.show(pod, config)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"parallel.mode": "mesh", "parallel.fsdp": 3},
+            r"fsdp 3 × tensor 1 does not make 4 devices; .* can be 1×1, 1×2",
+        ),
+        ({"parallel.mode": "mesh", "parallel.fsdp": 2, "parallel.data": 4}, "with these, parallel.data must be 2"),
+        ({"data.batch_size": 6}, "batch_size 6 does not divide over 4 devices .* the nearest that do are 4 or 8"),
+        ({"model.attention": "cudnn"}, "attention is 'cudnn', but the devices are of the kind tpu"),
+        ({"model.attention": "splash"}, "but rows have .* positions, and the kernel is for 512 to 32768"),
+    ],
+)
+def test_what_cannot_be_is_told_before_anything_is_compiled(changes, message: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(plan, "describe_devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(plan, "_compile", None)
+    changes = {"parallel.devices": None, "train.micro_batches": 1, **changes}
+    with pytest.raises(ValueError, match=message):
+        plan.make_plan(tiny_run.make_config(tmp_path, **changes), "v5e:2x2")
+
+
 # Parameters, as the models' authors count them.
 PODS = {
     "pythia_2_8b_v5e_16": 2_775_208_960,

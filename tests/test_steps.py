@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.special import log_softmax
@@ -16,6 +17,7 @@ from dpo_jax.data.layouts import LAYOUTS, Shape
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.losses import LOSSES
 from dpo_jax.losses.objective import make_objective
+from dpo_jax.models import make_model
 from dpo_jax.types import REJECTED, PreferenceBatch
 from tests.tiny import lay_out, random_examples, setup
 
@@ -233,3 +235,17 @@ def test_with_a_stored_reference_none_is_kept_or_scored() -> None:
 
     without = products("cpo", stored=False)
     assert products("dpo", stored=True) == without < products("dpo", stored=False)
+
+
+def test_at_a_vocabulary_of_128k_a_step_holds_a_few_chunks_of_logits() -> None:
+    vocabulary, targets, chunk = 2**17, 128, 16
+    sizes = dict(vocab_size=vocabulary, context_length=256, width=8, layers=1, heads=2, mlp_width=8)
+    run = setup("dpo", model=make_model("llama", dict(sizes, dtype=jnp.bfloat16)))
+    shape = Shape(2, 8, targets)
+    batch = lay_out(random_examples(4, shape), shape)
+    assert batch.answers.target_RM.shape == (8, targets)
+    compiled = run.step.lower(run.state, run.parallel.shard(batch, 1), run.hyper).compile()
+    head, logits = 4 * 8 * vocabulary, 4 * chunk * vocabulary  # bytes
+    # Gradients of both tables and what the optimizer makes of them; a chunk's logits, probabilities and errors. The
+    # logits of all targets would take 512 MiB.
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * head + 4 * logits < 2**26

@@ -13,4 +13,6 @@ from configs.tpu.base import with_adapters
 
 
 def get_config() -> ConfigDict:
-    return with_adapters(llama3_70b_v5e_256.get_config())
+    config = with_adapters(llama3_70b_v5e_256.get_config())
+    config.model.remat = "dots"  # there is room: no second copy of the model, no moments
+    return config
