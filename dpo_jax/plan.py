@@ -32,7 +32,7 @@ from dpo_jax.types import CHOSEN, REJECTED
 
 GIB = 2**30
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
-SEARCHES = ("batch", "topology")
+SEARCHES = {"batch": "the largest batch", "topology": "the smallest pod"}
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,18 @@ def run(config: Config, *, topology: str | None, search: str | None) -> None:
         raise ValueError("set --topology, such as --topology=v5e:4x4, or config.plan.topology")
     if search is not None and search not in SEARCHES:
         raise ValueError(f"--search is {search!r}; known: {', '.join(SEARCHES)}")
-    print(show(make_plan(config, topology), config), flush=True)
-    plans = {"batch": larger_batches, "topology": smaller_pods}[search](config, topology) if search else ()
-    for plan in plans:
-        print(show(plan, config), flush=True)
+    plans = [make_plan(config, topology)]
+    print(show(plans[0], config), flush=True)
+    if search is None:
+        return
+    if plans[0].memory.fits:
+        for plan in {"batch": larger_batches, "topology": smaller_pods}[search](config, topology):
+            print(show(plan, config), flush=True)
+            plans.append(plan)
+    found = [f"{plan.topology}, {plan.layout}" for plan in plans if plan.memory.fits] or [
+        "none: begin smaller or larger"
+    ]
+    print(f"{SEARCHES[search]} found to fit: {found[-1]}", flush=True)
 
 
 def make_plan(config: Config, topology: str) -> Plan:
@@ -163,11 +171,16 @@ def larger_batches(config: Config, topology: str) -> Iterator[Plan]:
 
 
 def smaller_pods(config: Config, topology: str) -> Iterator[Plan]:
-    """Halves the pod, with more micro-batches a chip and fsdp over what is left, until it does not fit."""
+    """Halves the pod, with more micro-batches a chip and fsdp over what is left, until it does not fit.
+
+    The tensor axis stays: a pod with fewer chips than it has is not looked at.
+    """
     chip, kind = parse(topology)
     for pod in reversed(chip.pods[: chip.pods.index(topology.partition(":")[2])]):
         chips = math.prod(int(n) for n in pod.split("x"))
         mesh = config.parallel
+        if chips % mesh.tensor:
+            return
         if mesh.mode == "mesh":
             mesh = dataclasses.replace(mesh, data=None, fsdp=min(mesh.fsdp, chips // mesh.tensor))
         parts = max(1, chips // mesh.tensor)

@@ -214,6 +214,29 @@ def test_what_cannot_be_is_told_before_anything_is_compiled(changes, message: st
         plan.make_plan(tiny_run.make_config(tmp_path, **changes), "v5e:2x2")
 
 
+def test_searches_double_the_batch_and_halve_the_pod_until_it_does_not_fit(tmp_path: Path, monkeypatch) -> None:
+    tried = []
+
+    def make_plan(config, topology):
+        tried.append((topology, config.data.batch_size, config.parallel.fsdp, config.train.micro_batches))
+        memory = plan.Memory(0, 0, 0, 0 if len(tried) < most else 2, 1)
+        return plan.Plan(topology, 1, "", 1, "dense", memory, Work(1.0, 1.0), [], {})
+
+    monkeypatch.setattr(plan, "make_plan", make_plan)
+    mesh = {"parallel.mode": "mesh", "parallel.fsdp": 4, "parallel.tensor": 2, "parallel.devices": None}
+    config = tiny_run.make_config(tmp_path, **{**mesh, "data.batch_size": 8, "train.micro_batches": 1})
+    most = 3
+    assert len(list(plan.larger_batches(config, "v5e:2x4"))) == 3
+    assert tried == [("v5e:2x4", 8 * 2**i, 4, 1) for i in (1, 2, 3)]
+    tried.clear()
+    list(plan.smaller_pods(config, "v5e:2x4"))
+    assert tried == [("v5e:2x2", 8, 2, 4)], "one chip cannot hold a tensor axis of 2"
+    tried.clear()
+    most = 1
+    list(plan.smaller_pods(config, "v5e:4x4"))
+    assert tried == [("v5e:2x4", 8, 4, 2)]
+
+
 # Parameters, as the models' authors count them.
 PODS = {
     "pythia_2_8b_v5e_16": 2_775_208_960,
