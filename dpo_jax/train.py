@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax import buckets, lora, processes, reproducer, workdir
+from dpo_jax import buckets, processes, reproducer, workdir
 from dpo_jax.build import (
     fresh_state,
     guarded,
@@ -340,8 +340,8 @@ class Trainer(OpenedRun):
         peak, flops = peak_flops(self.parallel.devices), None
         if peak is not None:
             reads = self.parts.objective.needs_reference and self.config.reference.store is None
-            model, params = self.parts.model.config, lora.split(param_shapes(self.parts))[0]
-            flops = partial(useful_flops, model, params, reference=reads, full=not is_adapted(self.parts))
+            model, full = self.parts.model.config, not is_adapted(self.parts)
+            flops = partial(useful_flops, model, param_shapes(self.parts), reference=reads, full=full)
         return Meter(self.config.data.batch_size, processes=jax.process_count(), flops=flops, peak=peak or 0.0)
 
     def _announce(self, state: TrainState, start: int) -> None:
