@@ -11,8 +11,9 @@ from experiments.imdb.sweeps import get_base
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    config = get_base(size, every=40)
+    config = get_base(size, every=20)
     config.data.path = "runs/length/examples"
+    config.optim.learning_rate = 1e-4  # at 4e-4 answers fill their room of 55 tokens in 24 steps
     if size == "full":
         config.train.update(epochs=None, steps=80)
         config.checkpoint.every = 80
