@@ -122,9 +122,19 @@ def _without_cudnn(model: nn.Module, config: Config, platform: str) -> str | Non
         return f"rows of the layout {config.data.layout} hold several answers, and the kernel knows causal rows alone"
     if c.attention_cap is not None or any(w and w < _row_positions(config) for w in c.windows or ()):
         return "the model caps its scores or has windows, which the kernel has not"
+    if (capability := _compute_capability()) < 8.0:
+        return f"the kernel is for NVIDIA's compute capability 8.0 and above, not {capability}"
     if jnp.dtype(c.dtype).itemsize != 2 or c.size > 128 or c.size % 8:
         return f"the kernel is for half precision and heads of 8, 16, … 128, not {c.dtype} and {c.size}"
     return None
+
+
+def _compute_capability() -> float:
+    """Of the first GPU; 0 where it has none, or one that is no number."""
+    try:
+        return float(jax.devices()[0].compute_capability)
+    except (AttributeError, ValueError):
+        return 0.0
 
 
 def _row_positions(config: Config) -> int:

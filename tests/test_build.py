@@ -1,12 +1,14 @@
-"""Examples are looked at before a run begins, without reading those that are known."""
+"""Examples are looked at before a run begins, without reading those that are known; attention is what devices have."""
 
 from __future__ import annotations
 
 import pytest
 
-from dpo_jax.build import check_examples
+from dpo_jax import build as builders
+from dpo_jax.build import check_examples, with_attention
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.prepared import PreparedExamples
+from dpo_jax.models import make_model
 from dpo_jax.types import CHOSEN, REJECTED
 from tests import tiny_run
 
@@ -36,3 +38,36 @@ def test_the_first_that_does_not_fit_is_named(source, shape: Shape, vocab_size: 
     for examples in (source, [source[i] for i in range(len(source))]):
         with pytest.raises(ValueError, match=r"example \d+ has " + message):
             check_examples(examples, shape, vocab_size)
+
+
+LONG = {"data.prompt_length": 500, "data.answer_length": 500, "model.context_length": 1000}
+HALF = {"dtype": "bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "model", "expected"),
+    [
+        ("cpu", LONG, HALF, "dense"),
+        ("tpu", LONG, {}, "splash"),
+        ("tpu", {}, {}, "dense"),  # short rows
+        ("gpu", LONG, HALF, "cudnn"),
+        ("gpu", LONG, {}, "dense"),  # fp32
+        ("gpu", LONG, {**HALF, "attention_cap": 50.0}, "dense"),
+        ("gpu", LONG, {**HALF, "windows": (100, None)}, "dense"),
+        ("gpu", LONG, {**HALF, "windows": (1000, None)}, "cudnn"),
+        ("gpu", {**LONG, "data.layout": "shared_prefix"}, HALF, "dense"),
+        ("gpu", {**LONG, "model.attention": "dense"}, HALF, "dense"),
+        ("gpu", {**LONG, "model.attention": "splash"}, HALF, "the devices are of the kind gpu"),
+        ("tpu", {**LONG, "data.row_length": 40000}, {}, "dense"),
+    ],
+)
+def test_attention_is_by_a_kernel_where_there_is_one(platform, changes, model, expected, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(builders, "_compute_capability", lambda: 9.0)
+    config = tiny_run.make_config(tmp_path, **changes)
+    sizes = dict(vocab_size=50, context_length=1000, width=16, layers=2, heads=2, mlp_width=8)
+    module = make_model("llama", {**sizes, **model})
+    if " " in expected:
+        with pytest.raises(ValueError, match=expected):
+            with_attention(module, config, platform)
+    else:
+        assert with_attention(module, config, platform).config.attention == expected
