@@ -26,6 +26,7 @@ from dpo_jax.config import Config, from_dict
 from dpo_jax.figures import KL_LABEL, style
 from dpo_jax.main import user_errors
 from dpo_jax.opened import OpenedRun
+from dpo_jax.page import COLORS
 from dpo_jax.results import Result
 from dpo_jax.shared import Shared
 from dpo_jax.workdir import SUMMARY_FILE
@@ -114,8 +115,9 @@ def draw(runs: list[Result], best: list[dict[str, Any]], path: Path) -> None:
         paths = np.array([[[s.kl.mean(), s.rewards.mean()] for s in list(r.samples.values())[:steps]] for r in own])
         kl, reward = paths.mean(0).T
         errors = paths.std(0).T / max(len(own) - 1, 1) ** 0.5
+        again = {"mfc": "none", "lw": 2.5} if i >= len(COLORS) else {}  # colours come round again
         label = " ".join([method, *setting]) if len({s for _, s in methods}) > 1 else method
-        ax.errorbar(kl, reward, xerr=errors[0], yerr=errors[1], elinewidth=0.8, label=label, **style(i))
+        ax.errorbar(kl, reward, xerr=errors[0], yerr=errors[1], elinewidth=0.8, label=label, **style(i) | again)
     for chosen, dashes in (("truth", "--"), ("learned", ":")):
         if best:
             kl = [row["kl"] for row in best[0]["rows"]]
