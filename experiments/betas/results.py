@@ -95,13 +95,11 @@ def _preference_cost(config: Config, shared: Shared) -> dict[str, float]:
         for batch in itertools.islice(run.pipeline.train_batches(0), _TIMED + 1):
             state, _ = jax.block_until_ready(step(state, run.parallel.shard(batch, 1), hyper))
             begin = begin or time.process_time()  # the first step compiles
-            rows = batch.answers
+            last = batch
         seconds = (time.process_time() - begin) / _TIMED * run.steps
-        length, targets = (float((a > 0).sum(1).mean()) for a in (rows.group_RL, rows.weight_RM))
-        one = flops.forward(run.parts.model.config, run.start_params(), length, targets)
-    passes = 3 + run.parts.objective.needs_reference
-    spent = passes * (one.body + one.attention / 2 + one.head) * len(rows.tokens_RL) * run.steps
-    return {"steps": run.steps, "sampled_tokens": 0, "flops": spent, "cpu_seconds": seconds}
+        reference = run.parts.objective.needs_reference
+        one = flops.useful_flops(run.parts.model.config, run.start_params(), last, reference=reference)
+    return {"steps": run.steps, "sampled_tokens": 0, "flops": one * run.steps, "cpu_seconds": seconds}
 
 
 def draw(runs: list[Result], best: list[dict[str, Any]], path: Path) -> None:

@@ -31,7 +31,7 @@ from dpo_jax.optim import schedule
 from dpo_jax.progress import Progress
 from dpo_jax.shared import Shared
 from dpo_jax.steps import TrainState
-from dpo_jax.types import Array, Params, TokenBatch
+from dpo_jax.types import Array, Params, PreferenceBatch, TokenBatch
 from dpo_jax.writers import make_writer
 from experiments.rlhf.reward_model import mean_over
 
@@ -152,7 +152,7 @@ class Rloo(OpenedRun):
         state, metrics = self._step(state, self.parallel.shard(Drawn(tokens, reward_R), 1), hyper)
         numbers = {name: float(value) for name, value in self.parallel.unreplicate(metrics).items()}
         clocks.append(time.process_time())
-        self._count(prompts, answers)
+        self._count(tokens)
         if self.cost["steps"] > 1:  # the first compiles
             spent = dict(zip(("sampling", "judging", "updating"), np.diff(clocks), strict=True))
             self.cost.update({f"cpu_seconds/{name}": float(value) for name, value in spent.items()})
@@ -167,13 +167,11 @@ class Rloo(OpenedRun):
         }
         return [self._prompts[orders[p // count][p % count]] for p in places for _ in range(self._settings.answers)]
 
-    def _count(self, prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> None:
-        """Tokens, and products that the mathematics asks for: sampling, the reference, three times the policy."""
-        drawn = [len(answer.tokens) for answer in answers]
-        length = float(np.mean([len(p) + n - 1 for p, n in zip(prompts, drawn, strict=True)]))
-        one = flops.forward(self.parts.model.config, state_shapes(self.parts).params, length, float(np.mean(drawn)))
-        needed = one.body + one.attention / 2 + one.head
-        self.cost.update({"steps": 1, "sampled_tokens": sum(drawn), "flops": 5 * needed * len(answers)})
+    def _count(self, tokens: TokenBatch) -> None:
+        """Tokens, and products that the mathematics asks for: sampling is a fifth pass."""
+        params, batch = state_shapes(self.parts).params, PreferenceBatch(tokens)
+        needed = flops.useful_flops(self.parts.model.config, params, batch, reference=True) * 5 / 4
+        self.cost.update({"steps": 1, "sampled_tokens": int(tokens.weight_RM.sum()), "flops": needed})
 
     def _make_completer(self) -> Completer:
         data = self.config.data
