@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TOLERANCE = {"fp32": 2e-4, "bf16": 2e-2}  # of losses, nats; TRL logs four digits
+# Of losses, nats. TRL logs four digits; its own bf16 losses are up to 4e-2 from its fp32 ones.
+TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -31,12 +32,14 @@ def markdown(result: dict[str, Any]) -> str:
     ]
     for v in variants:
         seconds, cpu = (_counted(v, key) for key in ("seconds", "cpu_seconds"))
-        epoch = seconds + v["ready"]["reference_seconds"] * sum(useful["tokens"][1:]) / sum(useful["tokens"])
+        passed = v["ready"].get("reference_seconds")  # not every recording has it
         peer = base.get(v["group"])
         ratios = ["–"] * 3
         if peer is not None:
-            pairs = (("seconds", seconds), ("cpu_seconds", cpu), ("seconds", epoch))
-            ratios = [f"{_counted(peer, key) / own:.2f}" for key, own in pairs]
+            ratios[:2] = (f"{_counted(peer, k) / own:.2f}" for k, own in (("seconds", seconds), ("cpu_seconds", cpu)))
+        if peer is not None and passed is not None:
+            epoch = seconds + passed * sum(useful["tokens"][1:]) / sum(useful["tokens"])
+            ratios[2] = f"{_counted(peer, 'seconds') / epoch:.2f}"
         share = "–"
         if v["passes"] is not None:
             share = f"{100 * v['passes'] * sum(useful['flops'][1:]) / seconds / limits[v['dtype']]:.0f} %"
