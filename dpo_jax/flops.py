@@ -135,9 +135,18 @@ def dot_flops(jaxpr: Any, trips: int = 0) -> int:
             total += 2 * contracted * math.prod(equation.outvars[0].aval.shape)
         elif name != "pallas_call":
             times = {"scan": equation.params.get("length"), "while": trips}.get(name, 1)
-            counts = [dot_flops(inner, trips) for inner in _inner(equation)]
+            counts = [dot_flops(inner, trips) for inner in inner_programs(equation)]
             total += times * (max(counts) if name == "cond" else sum(counts))  # one branch is taken
     return total
+
+
+def inner_programs(equation: Any) -> Iterator[Any]:
+    """The traced programs that an equation holds: bodies of loops, branches, calls."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else [value]:
+            item = getattr(item, "jaxpr", item)
+            if hasattr(item, "eqns"):
+                yield item
 
 
 def _needed(config: DecoderConfig, params: Params, rows: TokenBatch) -> Forward:
@@ -193,11 +202,3 @@ def _windows(config: DecoderConfig) -> list[int]:
     """How many positions a token sees, for each layer."""
     everything = np.iinfo(np.int32).max
     return [w or everything for w in config.windows or (None,) * config.layers]
-
-
-def _inner(equation: Any) -> Iterator[Any]:
-    for value in equation.params.values():
-        for item in value if isinstance(value, tuple | list) else [value]:
-            item = getattr(item, "jaxpr", item)
-            if hasattr(item, "eqns"):
-                yield item

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,9 +13,9 @@ import pytest
 
 from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.layouts import Shape
+from dpo_jax.flops import dot_flops, inner_programs
 from dpo_jax.models import init_params, make_model
 from experiments.speed import losses, run, sampling, work
-from experiments.speed.flops import dot_flops, largest_array
 from experiments.speed.ours import Settings, Worker
 from experiments.speed.table import agreement, markdown
 from tests.tiny import VOCAB, random_examples
@@ -37,6 +39,12 @@ def common(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 @pytest.fixture(scope="module")
 def worker(common: dict[str, object]) -> Worker:
     return Worker(Settings(**common))  # type: ignore[arg-type]
+
+
+def largest_array(jaxpr: Any) -> int:
+    """Elements of the largest array that a traced program names."""
+    sizes = [math.prod(v.aval.shape) for e in jaxpr.eqns for v in e.outvars if hasattr(v.aval, "shape")]
+    return max([*sizes, *(largest_array(inner) for e in jaxpr.eqns for inner in inner_programs(e)), 0])
 
 
 def test_a_step_does_the_products_that_the_formula_counts(worker: Worker) -> None:
