@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import logging
 
 from dpo_jax import lora
@@ -20,15 +19,17 @@ from dpo_jax.config import Config, ParallelConfig
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.pipeline import Described, Pipeline, Source
+from dpo_jax.gradients import Scorer
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
 from dpo_jax.models import init_params, logical_axes
 from dpo_jax.models.splash import LONGEST
-from dpo_jax.optim import make_optimizer
+from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
 from dpo_jax.sharding import mesh_shape
 from dpo_jax.start import make_start_model
-from dpo_jax.steps import Axis, Hyper, Scorer, StepConfig, TrainState, init_state, make_train_step
+from dpo_jax.state import Axis, Hyper, StepConfig, TrainState
+from dpo_jax.steps import init_state, make_train_step
 from dpo_jax.types import Params
 
 
@@ -42,7 +43,7 @@ class Parts:
     model: nn.Module
     objective: Objective
     hyper: Hyper
-    optimizer: optax.GradientTransformation
+    optimizer: AdamW
     shape: Shape
 
 
@@ -68,7 +69,7 @@ def build(config: Config, *, vocab_size: int, answers: int, platform: str | None
         hyper=Hyper(
             {k: np.asarray(v, np.float32) for k, v in numbers.items()}, np.asarray(optim.learning_rate, np.float32)
         ),
-        optimizer=make_optimizer(
+        optimizer=AdamW(
             b1=optim.b1,
             b2=optim.b2,
             epsilon=optim.epsilon,

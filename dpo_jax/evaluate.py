@@ -18,7 +18,7 @@ from dpo_jax.data.tokenizer import decode
 from dpo_jax.logprobs import score
 from dpo_jax.parallel import Parallel
 from dpo_jax.sampling import Samples, make_sampler, row_keys
-from dpo_jax.steps import Hyper, TrainState
+from dpo_jax.state import Hyper, TrainState
 from dpo_jax.types import CHOSEN, Array, Params
 
 Reward = Callable[[Sequence[str]], np.ndarray]

@@ -11,17 +11,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import struct
 
-from dpo_jax.metrics import Metrics, Total
-from dpo_jax.steps import Axis, Hyper, Scorer, StepConfig, TrainState, make_train_step
+from dpo_jax.gradients import Scorer, make_gradient
+from dpo_jax.metrics import Metrics
+from dpo_jax.state import ALONE, Axis, Hyper, StepConfig, TrainState
+from dpo_jax.steps import SKIPPED, TrainStep
 from dpo_jax.trees import named_leaves
 from dpo_jax.types import Array, PreferenceBatch
-
-SKIPPED = "skipped_steps"
-
-TrainStep = Callable[[TrainState, PreferenceBatch, Hyper], tuple[TrainState, Metrics]]
 
 
 @struct.dataclass
@@ -33,14 +30,13 @@ class Guarded:
 
 
 def guard(step: TrainStep, limit: int) -> Callable[[Guarded, PreferenceBatch, Hyper], tuple[Guarded, Metrics]]:
-    """A train step that takes no update that is not finite.
+    """A train step that counts the updates that were not taken because they were not finite.
 
-    The step whose loss, gradient or learning rate is not finite leaves the state as it was and counts as skipped.
     When more than ``limit`` have been skipped, the state stands still: the host, which looks one step late, finds it as
     it was before that step.
 
     Args:
-      step: (state, batch, hyper) → (state, metrics).
+      step: leaves the state as it was where a number is not finite, or where it is told to.
       limit: skipped steps that a run survives; 0 stops at the first.
 
     Returns:
@@ -48,18 +44,15 @@ def guard(step: TrainStep, limit: int) -> Callable[[Guarded, PreferenceBatch, Hy
     """
 
     def guarded(carry: Guarded, batch: PreferenceBatch, hyper: Hyper) -> tuple[Guarded, Metrics]:
-        new, metrics = step(carry.state, batch, hyper)
-        # All are known before the update, so that choosing a state needs no pass over the parameters of its own.
-        numbers = [metrics[name].numerator for name in ("loss", "grad_norm", "learning_rate")]
-        finite = jnp.all(jnp.isfinite(jnp.stack(numbers)))
         over = carry.skipped > limit
-        skipped = carry.skipped + (~over & ~finite)
-        taken, halted = finite & ~over, skipped > limit
-        state = jax.tree.map(lambda a, b: a if a is b else jnp.where(taken, a, b), new, carry.state)
+        state, metrics = step(carry.state, batch, hyper, ~over)
+        left_out = metrics[SKIPPED]
+        taken = left_out.value == 0
+        skipped = carry.skipped + (~over & ~taken)
         # The number of a skipped step is used up: it is the position in the data and in the schedule.
-        state = dataclasses.replace(state, step=jnp.where(halted, carry.state.step, new.step))
+        state = dataclasses.replace(state, step=jnp.where(skipped > limit, carry.state.step, state.step))
         metrics = jax.tree.map(lambda m: jnp.where(taken, m, jnp.zeros_like(m)), dict(metrics))
-        return Guarded(state, skipped), {**metrics, SKIPPED: Total(jnp.float32(~taken))}
+        return Guarded(state, skipped), {**metrics, SKIPPED: left_out}
 
     return guarded
 
@@ -67,7 +60,7 @@ def guard(step: TrainStep, limit: int) -> Callable[[Guarded, PreferenceBatch, Hy
 def make_probe(
     scorer: Scorer,
     config: StepConfig,
-    axis: Axis = Axis(),  # noqa: B008 - frozen
+    axis: Axis = ALONE,
 ) -> Callable[[TrainState, PreferenceBatch, Hyper], dict[str, Any]]:
     """Builds the pure function (state, batch, hyper) → the tensors that a step passes through, in its order.
 
@@ -79,14 +72,11 @@ def make_probe(
     Returns:
       The probe. Log-probabilities are [micro-batches, X, A, C], all slots in order; gradients are like the parameters.
     """
-    plain = dataclasses.replace(config, schedule="constant", warmup=0, reference_sync_every=None)
-    # Without an optimizer, the parameters move by the gradient itself.
-    step = make_train_step(scorer.model, scorer.objective, optax.identity(), plain, axis)
+    gradient = make_gradient(scorer.model, scorer.objective, config, axis)
 
     def probe(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> dict[str, Any]:
         own = scorer.of(state)
-        bare = dataclasses.replace(state, opt_state=optax.identity().init(state.params))
-        after, metrics = step(bare, batch, dataclasses.replace(hyper, learning_rate=jnp.float32(1.0)))
+        grads, metrics, _ = gradient(state, batch, hyper)
         return {
             "params": state.params,
             "reference": state.reference,
@@ -94,7 +84,7 @@ def make_probe(
             _POLICY: jax.lax.map(lambda b: own.policy(state.params, b).sum, batch.answers),
             _REFERENCE: jax.lax.map(lambda b: own.reference(state.reference, b).sum, batch.answers),
             "loss": metrics["loss"].numerator,
-            "gradient": jax.tree.map(jnp.subtract, after.params, state.params),
+            "gradient": grads,
         }
 
     return probe

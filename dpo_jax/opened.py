@@ -18,12 +18,13 @@ from dpo_jax.build import build, check_examples, is_adapted, make_parallel, make
 from dpo_jax.config import Config, DataConfig
 from dpo_jax.data.pipeline import source_fingerprint
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
+from dpo_jax.gradients import make_eval_step
 from dpo_jax.hashing import hash_tree
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.rewards import Reward
 from dpo_jax.shared import Shared, program_key
 from dpo_jax.start import start_params
-from dpo_jax.steps import TrainState, make_eval_step
+from dpo_jax.state import TrainState
 from dpo_jax.types import CHOSEN, REJECTED, Params, PreferenceBatch
 
 

@@ -15,7 +15,7 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.sharding import AXES, ROWS, Names, Placement
-from dpo_jax.steps import Axis
+from dpo_jax.state import Axis
 
 
 class DataParallel:

@@ -29,7 +29,7 @@ from dpo_jax.guards import Guarded
 from dpo_jax.parallel import Population
 from dpo_jax.progress import Progress
 from dpo_jax.shared import Shared
-from dpo_jax.steps import Axis, Hyper, TrainState
+from dpo_jax.state import Axis, Hyper, TrainState
 from dpo_jax.stopping import Stopped, StopRequest
 from dpo_jax.train import Seat, Trainer, Work
 from dpo_jax.types import Params, PreferenceBatch

@@ -18,7 +18,7 @@ from dpo_jax.config import Config, from_dict, to_json
 from dpo_jax.guards import Finding, first_not_finite, make_probe
 from dpo_jax.parallel import DataParallel
 from dpo_jax.snapshot import read, read_meta, write
-from dpo_jax.steps import TrainState
+from dpo_jax.state import TrainState
 from dpo_jax.types import Array, PreferenceBatch, TokenBatch
 
 FOLDER = "not_finite"

@@ -1,122 +1,37 @@
-"""The pure train and evaluation steps: (state, batch, hyper) → (state, metrics).
+"""The pure train step: (state, batch, hyper) → (state, metrics).
 
-One compiled step scores the answers through policy and reference parameters, forms the loss over the *global* batch,
-whatever the number of devices and micro-batches, and updates the policy.
-
-Losses are separable or coupled. A separable loss is a sum over answers whose counts are known from the data alone, so
-each micro-batch pulls its own part of the gradient back. A coupled loss (AOT's sort, a running mean of rewards) needs
-all log-probabilities first: they are gathered, the loss is differentiated with respect to them, and each device pulls
-its own slice back, micro-batch by micro-batch. Both are exact.
+One compiled step scores the answers through policy and reference parameters, forms the loss over the global batch and
+updates the policy, or leaves all as it was where a number is not finite.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
 
-from dpo_jax import lora
-from dpo_jax.logprobs import group, score, stored
-from dpo_jax.losses.objective import Objective, Scored, Totals
+from dpo_jax.gradients import GradientOf, make_gradient
+from dpo_jax.losses.objective import Objective
 from dpo_jax.metrics import Metrics, Ratio, Total
-from dpo_jax.optim import schedule
-from dpo_jax.types import UNUSED, Array, Params, PreferenceBatch, SequenceLogps, TokenBatch
+from dpo_jax.optim import AdamW, schedule
+from dpo_jax.state import ALONE, Axis, Hyper, StepConfig, TrainState
+from dpo_jax.types import Array, Params, PreferenceBatch
+
+SKIPPED = "skipped_steps"  # the metric that counts updates that were not taken
 
 
-@struct.dataclass
-class TrainState:
-    """All that a run needs to go on.
+class TrainStep(Protocol):
+    """(state, batch, hyper) → (state, metrics); takes no update where it is not ``allowed``."""
 
-    Attributes:
-      step: int32 scalar, updates done.
-      params: what is trained: the policy, or the adapters that make it of the reference.
-      reference: the frozen reference, and the base of adapters; None when there are none and the objective needs none
-        or its log-probabilities are stored. The optimizer never sees it.
-      opt_state: optax's.
-      loss_state: what the losses' statistics remember.
-    """
-
-    step: Array
-    params: Params
-    reference: Params | None
-    opt_state: Any
-    loss_state: Any
+    def __call__(
+        self, state: TrainState, batch: PreferenceBatch, hyper: Hyper, allowed: Array | bool = True
+    ) -> tuple[TrainState, Metrics]: ...
 
 
-@struct.dataclass
-class Hyper:
-    """Traced numbers: changing one does not recompile."""
-
-    loss: dict[str, Array]
-    learning_rate: Array
-
-
-@dataclass(frozen=True)
-class StepConfig:
-    """What is compiled in.
-
-    Attributes:
-      answers: A, answers of an example.
-      schedule: name of the learning-rate schedule.
-      warmup: its rise, steps.
-      steps: updates of the whole run.
-      head_chunk: targets whose logits exist at a time.
-      reference_sync_every: steps between moves of the reference (TR-DPO, arXiv 2404.09656); None is never.
-      reference_sync_rate: α of reference ← α·policy + (1−α)·reference.
-      dropout_seed: of what adapters leave out in training; None leaves out nothing.
-    """
-
-    answers: int
-    schedule: str
-    warmup: int
-    steps: int
-    head_chunk: int
-    reference_sync_every: int | None = None
-    reference_sync_rate: float = 0.6
-    dropout_seed: int | None = None
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The devices that share a batch: a pmap axis, or none where one program sees the whole batch.
-
-    Attributes:
-      name: of the pmap axis.
-      parts: without one, how many parts the compiler splits the rows of the whole batch into.
-    """
-
-    name: str | None = None
-    parts: int = 1
-
-    def sum(self, tree: Any) -> Any:
-        return jax.lax.psum(tree, self.name) if self.name else tree
-
-    def gather(self, tree: Any) -> Any:
-        """Joins the leading axes of all devices' arrays."""
-        if not self.name:
-            return tree
-        return jax.tree.map(lambda a: jax.lax.all_gather(a, self.name, tiled=True), tree)
-
-    def own(self, tree: Any, like: Any) -> Any:
-        """This device's part of gathered arrays; ``like`` has the leading size of one part."""
-        if not self.name:
-            return tree
-        size = jax.tree.leaves(like)[0].shape[0]
-        start = jax.lax.axis_index(self.name) * size
-        return jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, start, size), tree)
-
-
-def init_state(
-    objective: Objective, optimizer: optax.GradientTransformation, params: Params, reference: Params | None
-) -> TrainState:
+def init_state(objective: Objective, optimizer: AdamW, params: Params, reference: Params | None) -> TrainState:
     """A fresh state. ``reference`` is left out when the objective does not read it."""
     return TrainState(
         step=jnp.int32(0),
@@ -128,280 +43,57 @@ def init_state(
 
 
 def make_train_step(
-    model: nn.Module,
-    objective: Objective,
-    optimizer: optax.GradientTransformation,
-    config: StepConfig,
-    axis: Axis = Axis(),
-) -> Callable[[TrainState, PreferenceBatch, Hyper], tuple[TrainState, Metrics]]:
+    model: nn.Module, objective: Objective, optimizer: AdamW, config: StepConfig, axis: Axis = ALONE
+) -> TrainStep:
     """Builds the pure train step.
 
     Args:
       model: a family's module.
       objective: what to minimise.
-      optimizer: optax transformation for a learning rate of 1.
+      optimizer: how parameters follow gradients.
       config: what is compiled in.
       axis: the devices that share the batch.
 
     Returns:
-      step(state, batch, hyper) → (state, metrics). Leaves of ``batch`` are [micro-batches, R, …].
+      The step. Leaves of ``batch`` are [micro-batches, R, …].
     """
-    unbound = Scorer(model, objective, config.answers, config.head_chunk * axis.parts)
+    return with_update(make_gradient(model, objective, config, axis), optimizer, config)
 
-    def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
-        scorer = unbound.of(state)
-        totals, frozen = _before_gradient(scorer, state, batch, axis)
-        frozen = dataclasses.replace(frozen, dropout_key=_dropout_keys(config, state.step, batch, axis))
-        if objective.couples_batch:
-            grads, metrics, loss_state = _coupled(scorer, state, batch, hyper, totals, frozen, axis)
-        else:
-            grads, metrics, loss_state = _separable(scorer, state, batch, hyper, totals, frozen, axis)
-        metrics = {**metrics, "tokens": Total(jnp.sum(batch.answers.weight_RM))}
-        grads, metrics = axis.sum(grads), axis.sum(metrics)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+
+def with_update(gradient: GradientOf, optimizer: AdamW, config: StepConfig) -> TrainStep:
+    """A train step from a gradient.
+
+    A step whose loss, gradient norm or learning rate is not finite, or that is not ``allowed``, leaves the state as it
+    was but for its number; so each array is written where it lay.
+
+    Args:
+      gradient: (state, batch, hyper) → (gradient, metrics, statistics).
+      optimizer: how parameters follow it.
+      config: what is compiled in.
+    """
+
+    def step(
+        state: TrainState, batch: PreferenceBatch, hyper: Hyper, allowed: Array | bool = True
+    ) -> tuple[TrainState, Metrics]:
+        grads, metrics, loss_state = gradient(state, batch, hyper)
+        norm, one = optax.global_norm(grads), jnp.float32(1.0)
         rate = hyper.learning_rate * schedule(config.schedule, state.step, warmup=config.warmup, steps=config.steps)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: rate * u, updates))
+        metrics = {**metrics, "grad_norm": Ratio(norm, one), "learning_rate": Ratio(rate, one)}
+        taken = allowed & jnp.all(jnp.isfinite(jnp.stack([metrics["loss"].numerator, norm, rate])))
+        params, opt_state = optimizer.update(state.params, state.opt_state, grads, norm, rate, taken)
         number = state.step + 1
-        reference = _moved_reference(state.reference, params, number, config)
-        one = jnp.float32(1.0)
-        metrics["grad_norm"], metrics["learning_rate"] = Ratio(optax.global_norm(grads), one), Ratio(rate, one)
+        reference = _moved_reference(state.reference, params, number, taken, config)
+        loss_state = jax.tree.map(lambda new, old: jnp.where(taken, new, old), loss_state, state.loss_state)
+        metrics = {**metrics, SKIPPED: Total(jnp.float32(~taken))}
         return TrainState(number, params, reference, opt_state, loss_state), metrics
 
     return step
 
 
-def make_eval_step(
-    model: nn.Module,
-    objective: Objective,
-    answers: int,
-    head_chunk: int,
-    axis: Axis = Axis(),
-) -> Callable[[TrainState, PreferenceBatch, Hyper], Metrics]:
-    """Builds the pure evaluation step: metrics of one batch, to be merged over batches, without an update."""
-    unbound = Scorer(model, objective, answers, head_chunk * axis.parts)
-
-    def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> Metrics:
-        scorer = unbound.of(state)
-        totals, frozen = _before_gradient(scorer, state, batch, axis)
-        policy = _over_micro(lambda b: scorer.policy(state.params, b), batch.answers)
-        scored = axis.gather(_flat(scorer.scored(policy, frozen.reference, batch.answers)))
-        numbers, _ = _statistics(objective, state, hyper, scored, totals, frozen, update=False)
-        metrics = objective.metrics(hyper.loss, scored, totals, numbers)
-        return dict(metrics)
-
-    return step
-
-
-@dataclass(frozen=True)
-class Scorer:
-    """Scores token batches by example, as the objective asks.
-
-    Attributes:
-      model: a family's module, with adapters where adapters are trained.
-      objective: what asks.
-      answers: A, answers of an example.
-      chunk: targets whose logits exist at a time.
-      base: what the adapters stand on that are trained; None when whole models are.
-    """
-
-    model: nn.Module
-    objective: Objective
-    answers: int
-    chunk: int
-    base: Params | None = None
-
-    def of(self, state: TrainState) -> Scorer:
-        """The same for the parameters of a state."""
-        base = state.reference if lora.adapter_of(self.model) else None
-        return dataclasses.replace(self, base=jax.lax.stop_gradient(base))
-
-    @property
-    def grouping(self) -> tuple[int, int]:
-        return self.answers, 2 if self.objective.needs_prompt else 1
-
-    def policy(self, params: Params, batch: TokenBatch, dropout_key: Array | None = None) -> SequenceLogps:
-        """[X, A, C]."""
-        return self._score_policy(params, batch, self.grouping, dropout_key)
-
-    def reference(self, params: Params | None, batch: TokenBatch) -> SequenceLogps:
-        """[X, A, C] without a gradient: as stored in the batch, where they are; zeros when the objective needs none."""
-        if not self.objective.needs_reference:
-            zeros = jnp.zeros_like(group(batch.role_RS, self.grouping), jnp.float32)
-            return SequenceLogps(zeros, zeros, zeros, zeros, zeros)
-        return self._score_reference(params, batch, self.grouping)
-
-    def mismatched_ratio(self, state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
-        """(log-ratios in nats, which of them are real), both [R·S], without a gradient."""
-        grouping = (batch.role_RS.shape[1], 1)
-        policy = self._score_policy(state.params, batch, grouping)
-        reference = self._score_reference(state.reference, batch, grouping)
-        return self.objective.mismatched_ratio(policy, reference).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
-
-    def scored(self, policy: SequenceLogps, reference: SequenceLogps, batch: TokenBatch) -> Scored:
-        shape = policy.sum.shape
-        return Scored(policy, reference, batch.role_RS.reshape(shape), batch.score_RS.reshape(shape))
-
-    def _score_policy(
-        self, params: Params, batch: TokenBatch, grouping: tuple[int, int], dropout_key: Array | None = None
-    ) -> SequenceLogps:
-        whole = params if self.base is None else lora.join(self.base, params)
-        return score(self.model, whole, batch, grouping, self.chunk, dropout_key)
-
-    def _score_reference(self, params: Params | None, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
-        if batch.reference_RM is not None:
-            return stored(batch, grouping)
-        model = lora.with_adapter(self.model, None)
-        return jax.lax.stop_gradient(score(model, jax.lax.stop_gradient(params), batch, grouping, self.chunk))
-
-
-@struct.dataclass
-class _Frozen:
-    """Known before any gradient: reference scores [micro, X, A, C], the mismatched log-ratios [global B], and a key for
-    each micro-batch [micro] when adapters are trained with dropout."""
-
-    reference: SequenceLogps
-    mismatched_ratio_B: Array | None
-    mismatched_mask_B: Array | None
-    dropout_key: Array | None = None
-
-
-def _before_gradient(scorer: Scorer, state: TrainState, batch: PreferenceBatch, axis: Axis) -> tuple[Totals, _Frozen]:
-    shape = (*batch.answers.role_RS.shape[:1], -1, *scorer.grouping)
-    role, count = batch.answers.role_RS.reshape(shape), _counts(batch.answers).reshape(shape)
-    totals = scorer.objective.totals(*_flat((role, count)))
-    reference = _over_micro(lambda b: scorer.reference(state.reference, b), batch.answers)
-    ratio = mask = None
-    if scorer.objective.needs_mismatched:
-        pieces = _over_micro(lambda b: scorer.mismatched_ratio(state, b), batch.mismatched)
-        ratio, mask = axis.gather(_flat(jax.lax.stop_gradient(pieces)))
-    return axis.sum(totals), _Frozen(reference, ratio, mask)
-
-
-def _separable(
-    scorer: Scorer,
-    state: TrainState,
-    batch: PreferenceBatch,
-    hyper: Hyper,
-    totals: Totals,
-    frozen: _Frozen,
-    axis: Axis,
-) -> tuple[Params, Metrics, Any]:
-    """Gradient and metrics of this device's shard, micro-batch by micro-batch."""
-    numbers, loss_state = _statistics(scorer.objective, state, hyper, None, totals, frozen)
-
-    def gradient(piece: tuple[TokenBatch, SequenceLogps, Array | None]) -> tuple[Params, Metrics]:
-        tokens, reference, key = piece
-        policy, pull_back = jax.vjp(lambda params: scorer.policy(params, tokens, key), state.params)
-        scored = scorer.scored(policy, reference, tokens)
-        cotangent, metrics = _differentiate(scorer.objective, hyper, scored, totals, numbers)
-        return pull_back(cotangent)[0], metrics
-
-    grads, metrics = _sum_over_micro(gradient, (batch.answers, frozen.reference, frozen.dropout_key))
-    return grads, metrics, loss_state
-
-
-def _coupled(
-    scorer: Scorer,
-    state: TrainState,
-    batch: PreferenceBatch,
-    hyper: Hyper,
-    totals: Totals,
-    frozen: _Frozen,
-    axis: Axis,
-) -> tuple[Params, Metrics, Any]:
-    """The same for a loss that sees the whole batch: all log-probabilities first, then the vector–Jacobian products."""
-    single = batch.answers.tokens_RL.shape[0] == 1
-    pieces = batch.answers, frozen.dropout_key
-    score_all = lambda params: _over_micro(lambda piece: scorer.policy(params, *piece), pieces)  # noqa: E731
-    # One micro-batch keeps its activations; several are scored once more when they are pulled back.
-    policy, pull_back = jax.vjp(score_all, state.params) if single else (score_all(state.params), None)
-    own = scorer.scored(policy, frozen.reference, batch.answers)
-    whole = axis.gather(_flat(own))
-    numbers, loss_state = _statistics(scorer.objective, state, hyper, whole, totals, frozen)
-    cotangent, metrics = _differentiate(scorer.objective, hyper, whole, totals, numbers)
-    cotangent = axis.own(cotangent, _flat(policy))
-    cotangent = jax.tree.map(_unflat, cotangent, policy)
-    # Every device has computed the metrics of the whole batch; each reports its share of their sum.
-    metrics = jax.tree.map(lambda m: m / axis.sum(1.0), metrics)
-    if pull_back is not None:
-        return pull_back(cotangent)[0], metrics, loss_state
-
-    def gradient(piece: tuple[tuple[TokenBatch, Array | None], SequenceLogps]) -> Params:
-        tokens_and_key, own_cotangent = piece
-        return jax.vjp(lambda params: scorer.policy(params, *tokens_and_key), state.params)[1](own_cotangent)[0]
-
-    return _sum_over_micro(gradient, (pieces, cotangent)), metrics, loss_state
-
-
-def _differentiate(
-    objective: Objective, hyper: Hyper, scored: Scored, totals: Totals, numbers: Mapping[str, Any]
-) -> tuple[SequenceLogps, Metrics]:
-    """Gradient of the loss with respect to the policy's log-probabilities, and the metrics."""
-
-    def loss(policy: SequenceLogps) -> Array:
-        return objective.loss(hyper.loss, dataclasses.replace(scored, policy=policy), totals, numbers)
-
-    cotangent = jax.grad(loss)(scored.policy)
-    return cotangent, objective.metrics(hyper.loss, scored, totals, numbers)
-
-
-def _statistics(
-    objective: Objective,
-    state: TrainState,
-    hyper: Hyper,
-    scored: Scored | None,
-    totals: Totals,
-    frozen: _Frozen,
-    update: bool = True,
-) -> tuple[dict[str, Any], Any]:
-    mismatched = frozen.mismatched_ratio_B, frozen.mismatched_mask_B
-    return objective.statistics(hyper.loss, state.loss_state, scored, totals, *mismatched, update=update)
-
-
-def _moved_reference(reference: Params | None, params: Params, step: Array, config: StepConfig) -> Params | None:
+def _moved_reference(
+    reference: Params | None, params: Params, step: Array, taken: Array, config: StepConfig
+) -> Params | None:
     if reference is None or config.reference_sync_every is None:
         return reference
-    rate = jnp.where(step % config.reference_sync_every == 0, config.reference_sync_rate, 0.0)
+    rate = jnp.where(taken & (step % config.reference_sync_every == 0), config.reference_sync_rate, 0.0)
     return jax.tree.map(lambda r, p: jnp.where(rate > 0, rate * p + (1 - rate) * r, r), reference, params)
-
-
-def _dropout_keys(config: StepConfig, step: Array, batch: PreferenceBatch, axis: Axis) -> Array | None:
-    """One for each micro-batch, a function of (seed, step, device, micro-batch): a continued run draws the same."""
-    if config.dropout_seed is None:
-        return None
-    key = jax.random.fold_in(jax.random.key(config.dropout_seed), step)
-    key = jax.random.fold_in(key, jax.lax.axis_index(axis.name) if axis.name else 0)
-    return jax.random.split(key, batch.answers.tokens_RL.shape[0])
-
-
-def _counts(batch: TokenBatch) -> Array:
-    """Σ of weights by slot, [micro, R, S]."""
-    member = jax.nn.one_hot(batch.slot_RM, batch.role_RS.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(member, batch.weight_RM[..., None], 0.0), axis=-2)
-
-
-def _flat(tree: Any) -> Any:
-    """Joins the micro-batch axis and the one after it, that of the rows first: they stay where they lie on a mesh."""
-    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), tree)
-
-
-def _unflat(flat: Array, like: Array) -> Array:
-    """The inverse, to the shape of ``like``."""
-    return flat.reshape(like.shape[1], like.shape[0], *like.shape[2:]).swapaxes(0, 1)
-
-
-def _over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:
-    """Maps over the leading axis, one micro-batch at a time; a single one is not wrapped in a loop."""
-    if jax.tree.leaves(pieces)[0].shape[0] == 1:
-        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], pieces)))
-    return jax.lax.map(fn, pieces)
-
-
-def _sum_over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:
-    """Σ of ``fn`` over micro-batches, in constant memory."""
-    first = jax.tree.map(lambda a: a[0], pieces)
-    if jax.tree.leaves(pieces)[0].shape[0] == 1:
-        return fn(first)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, first))
-    add = partial(jax.tree.map, jnp.add)
-    return jax.lax.scan(lambda total, piece: (add(total, fn(piece)), None), zeros, pieces)[0]

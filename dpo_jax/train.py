@@ -46,7 +46,7 @@ from dpo_jax.profile import Profile
 from dpo_jax.progress import Progress, duration
 from dpo_jax.shared import Shared
 from dpo_jax.start import start_adapters
-from dpo_jax.steps import Hyper, TrainState
+from dpo_jax.state import Hyper, TrainState
 from dpo_jax.stopping import Stopped, StopRequest
 from dpo_jax.trees import named_leaves, parameter_count
 from dpo_jax.types import PreferenceBatch

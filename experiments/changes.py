@@ -51,7 +51,9 @@ def table(workdir: Path, metrics: Sequence[str]) -> Iterator[str]:
     by_point = lambda name: tuple(points[name].values())  # noqa: E731
     for labels, names in itertools.groupby(sorted(points, key=by_point), key=by_point):
         rows = [[ends(workdir / grid.RUNS_FOLDER / name, metric) for metric in metrics] for name in names]
-        cells = (f"{_mean(first)} → {_mean(last)}" for first, last in np.moveaxis(np.array(rows), 0, 2))
+        cells = (
+            f"{mean_and_error(first)} → {mean_and_error(last)}" for first, last in np.moveaxis(np.array(rows), 0, 2)
+        )
         yield "| " + " | ".join([*labels, str(len(rows)), *cells]) + " |"
 
 
@@ -69,7 +71,8 @@ def ends(folder: Path, metric: str) -> tuple[float, float]:
     return found[0], found[-1]
 
 
-def _mean(values: np.ndarray) -> str:
+def mean_and_error(values: np.ndarray) -> str:
+    """A mean and, of several values, its standard error."""
     error = f" ± {np.std(values, ddof=1) / len(values) ** 0.5:.3f}" if len(values) > 1 else ""
     return f"{np.mean(values):.3f}{error}"
 

@@ -12,7 +12,7 @@ import pytest
 from dpo_jax import build as builders
 from dpo_jax.config import from_config_dict
 from dpo_jax.data.example import Example
-from dpo_jax.steps import Axis
+from dpo_jax.state import Axis
 from tests.tiny import make_answer
 from tests.tiny_run import make_examples
 

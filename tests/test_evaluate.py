@@ -8,10 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from dpo_jax import steps
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.evaluate import Completer, HeldOutLoss, SampledAnswers, repetition, standard_error
+from dpo_jax.gradients import make_eval_step
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.parallel import DataParallel
 from tests.tiny import Bigram, random_examples, setup, tiny_model, tiny_params
@@ -21,7 +21,7 @@ SHAPE = Shape(answers=2, prompt_length=3, answer_length=5)
 
 def held_out(batch_size: int, devices: int) -> dict[str, float]:
     s = setup("dpo", devices=devices)
-    step = steps.make_eval_step(Bigram(), make_objective("dpo")[0], 2, 16, s.parallel.axis)
+    step = make_eval_step(Bigram(), make_objective("dpo")[0], 2, 16, s.parallel.axis)
     pipeline = Pipeline(random_examples(10, SHAPE), SHAPE, layout="concatenated", batch_size=batch_size, seed=0)
     evaluator = HeldOutLoss(pipeline, s.parallel.eval_step(step), s.parallel)
     found = dict(evaluator(s.state, s.hyper, 0))

@@ -11,37 +11,42 @@ import numpy as np
 import pytest
 
 from dpo_jax.data.layouts import Shape
-from dpo_jax.guards import SKIPPED, Finding, Guarded, Watch, first_not_finite, guard
+from dpo_jax.guards import Finding, Guarded, Watch, first_not_finite, guard
 from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Meter
 from dpo_jax.metrics import Correlation, Ratio, Total
-from dpo_jax.steps import TrainState
+from dpo_jax.optim import AdamW
+from dpo_jax.state import Hyper, StepConfig, TrainState
+from dpo_jax.steps import SKIPPED, with_update
 from dpo_jax.writers import Writer
 from tests.tiny import lay_out, random_examples
 
 NAN = float("nan")
 
 
-def fake_step(state: TrainState, batch, hyper):
-    """The batch is (loss, gradient norm, learning rate); the latter is added to the parameter."""
-    loss, norm, rate = batch
-    numbers = {"loss": loss, "grad_norm": norm, "learning_rate": rate}
-    metrics = {**{name: Ratio(x, jnp.float32(1)) for name, x in numbers.items()}, "tokens": Total(rate)}
-    new = TrainState(state.step + 1, {"w": state.params["w"] + rate}, None, {"m": state.opt_state["m"] * 2}, {})
-    return new, metrics
+def fake_gradient(state: TrainState, batch, hyper):
+    """The batch is (loss, gradient); statistics count."""
+    loss, gradient = batch
+    return {"w": gradient}, {"loss": Ratio(loss, jnp.float32(1))}, {"n": state.loss_state["n"] + 1}
+
+
+STEP = with_update(fake_gradient, AdamW(0.0, 0.0, 0.0, 0.0, None), StepConfig(2, "constant", 0, 10, 1))
 
 
 def drive(limit: int, batches):
-    carry = Guarded(TrainState(jnp.int32(0), {"w": jnp.float32(1)}, None, {"m": jnp.float32(1)}, {}), jnp.int32(0))
-    step, seen = jax.jit(guard(fake_step, limit)), []
-    for batch in batches:
-        carry, metrics = step(carry, tuple(map(jnp.float32, batch)), None)
+    params = {"w": jnp.float32(1)}
+    state = TrainState(jnp.int32(0), params, None, AdamW(0.0, 0.0, 0.0, 0.0, None).init(params), {"n": jnp.int32(0)})
+    carry, step, seen = Guarded(state, jnp.int32(0)), jax.jit(guard(STEP, limit)), []
+    for loss, gradient, rate in batches:
+        hyper = Hyper({}, jnp.float32(rate))
+        carry, metrics = step(carry, (jnp.float32(loss), jnp.float32(gradient)), hyper)
         seen.append((int(carry.state.step), float(carry.state.params["w"]), int(carry.skipped)))
         assert float(metrics[SKIPPED].value) == (0 if np.isfinite(metrics["loss"].compute()) else 1)
     return carry, seen
 
 
-GOOD = (1.0, 1.0, 2.0)
+# (loss, gradient, learning rate); without memory, Adam moves by the rate against the gradient's sign.
+GOOD = (1.0, -1.0, 2.0)
 BAD = [(NAN, 1.0, 2.0), (1.0, np.inf, 2.0), (1.0, 1.0, NAN), (1.0, 1.0, np.inf), (-np.inf, NAN, NAN)]
 
 
@@ -50,14 +55,15 @@ def test_the_state_stays_as_it_was_before_the_step(bad) -> None:
     """And it stays so, whatever comes after it: the host looks late."""
     carry, seen = drive(0, [GOOD, bad, GOOD, GOOD])
     assert seen == [(1, 3.0, 0), (1, 3.0, 1), (1, 3.0, 1), (1, 3.0, 1)]
-    assert float(carry.state.opt_state["m"]) == 2.0
+    assert int(carry.state.opt_state.count) == int(carry.state.loss_state["n"]) == 1
+    assert float(carry.state.opt_state.mean["w"]) == -1.0
 
 
 @pytest.mark.parametrize("bad", BAD)
 def test_allowed_steps_are_left_out_and_their_numbers_used_up(bad) -> None:
     carry, seen = drive(2, [GOOD, bad, GOOD, bad, bad, GOOD])
     assert seen == [(1, 3.0, 0), (2, 3.0, 1), (3, 5.0, 1), (4, 5.0, 2), (4, 5.0, 3), (4, 5.0, 3)]
-    assert float(carry.state.opt_state["m"]) == 4.0
+    assert int(carry.state.opt_state.count) == int(carry.state.loss_state["n"]) == 2
 
 
 def tensors(**changes):

@@ -36,6 +36,8 @@ LAYERS = {
     "dpo_jax.page": 1,
     "dpo_jax.data": 1,
     "dpo_jax.data.pipeline": 2,
+    "dpo_jax.state": 2,
+    "dpo_jax.gradients": 2,
     "dpo_jax.steps": 2,
     "dpo_jax.parallel": 2,
     "dpo_jax.checkpoint": 2,

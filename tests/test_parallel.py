@@ -17,9 +17,10 @@ from dpo_jax import steps
 from dpo_jax.data.layouts import Shape
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import logical_axes, make_model
-from dpo_jax.optim import make_optimizer
+from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel, MeshParallel, check_divides
 from dpo_jax.sharding import AXES
+from dpo_jax.state import Hyper, StepConfig
 from dpo_jax.trees import named_leaves
 from tests.tiny import Bigram, lay_out, random_examples, tiny_params
 
@@ -81,11 +82,11 @@ def _mesh(*shape: int, reverse: bool = False) -> MeshParallel:
 def _compile(parallel: DataParallel | MeshParallel, *, micro: int = 1, remat: str = "none", model=None, loss="dpo"):
     """(compiled step, state, batches, hyper); the optimizer's epsilon is that of tests.tiny, for its reason."""
     model, (objective, numbers) = model or _model(remat), make_objective(loss)
-    optimizer = make_optimizer(b1=0.9, b2=0.95, epsilon=1e-3, weight_decay=0.01, clip_norm=1.0)
-    config = steps.StepConfig(2, "cosine", 1, STEPS, 8)
+    optimizer = AdamW(b1=0.9, b2=0.95, epsilon=1e-3, weight_decay=0.01, clip_norm=1.0)
+    config = StepConfig(2, "cosine", 1, STEPS, 8)
     state = steps.init_state(objective, optimizer, tiny_params(model, 0, 1.0), tiny_params(model, 1, 1.0))
     state = parallel.replicate(state)
-    hyper = parallel.replicate(steps.Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(1e-2)))
+    hyper = parallel.replicate(Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(1e-2)))
     examples = random_examples(3 * ROWS, SHAPE)
     batches = [lay_out(examples[i * ROWS : (i + 1) * ROWS], SHAPE) for i in range(3)]
     batches = [parallel.shard(batch, micro) for batch in batches]

@@ -16,7 +16,7 @@ from dpo_jax.checkpoint import Checkpoints
 from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.shared import Shared
-from dpo_jax.steps import TrainState
+from dpo_jax.state import TrainState
 from dpo_jax.stopping import Stopped
 from dpo_jax.writers import read_metrics
 from tests import tiny_run

@@ -17,8 +17,9 @@ from dpo_jax.data.layouts import LAYOUTS, Shape
 from dpo_jax.logprobs import score
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import init_params, make_model
-from dpo_jax.optim import make_optimizer
+from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel, run_compiled
+from dpo_jax.state import Hyper, StepConfig
 from dpo_jax.types import CHOSEN, REJECTED, PreferenceBatch
 
 VOCAB = 37
@@ -108,12 +109,12 @@ def setup(loss: str, *, answers: int = 2, devices: int = 1, learning_rate: float
     """
     model = model or Bigram()
     objective, numbers = make_objective(loss, **options.pop("objective", {}))
-    optimizer = make_optimizer(b1=0.9, b2=0.95, epsilon=1e-3, weight_decay=0.01, clip_norm=1.0)
+    optimizer = AdamW(b1=0.9, b2=0.95, epsilon=1e-3, weight_decay=0.01, clip_norm=1.0)
     parallel = DataParallel(jax.devices()[:devices])
-    config = steps.StepConfig(answers, "cosine", 1, 10, 16, **options)
+    config = StepConfig(answers, "cosine", 1, 10, 16, **options)
     step = parallel.train_step(steps.make_train_step(model, objective, optimizer, config, parallel.axis))
     state = steps.init_state(objective, optimizer, tiny_params(model, 0, 1.0), tiny_params(model, 1, 1.0))
-    traced = steps.Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(learning_rate))
+    traced = Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(learning_rate))
     return Setup(parallel, step, parallel.replicate(state), parallel.replicate(traced))
 
 

@@ -8,12 +8,19 @@ from ml_collections import ConfigDict
 
 from configs import imdb_dpo, small
 
+PAIRS = "preferences/examples"  # in the workdir of experiments.imdb.run
+
 # Every method is tuned on the same rates, and compared over the same seeds.
 SHARED_AXES = {
     "full": {"optim.learning_rate": [1e-4, 2e-4, 4e-4], "seed": [0, 1, 2]},
     "small": {"optim.learning_rate": [1e-3], "seed": [0, 1, 2]},
     "quick": {"optim.learning_rate": [4e-4], "seed": [0]},
 }
+
+
+def source_of(size: str) -> str:
+    """The folder of the experiment that a size starts from."""
+    return "runs/small" if size == "small" else "runs/imdb"
 
 
 def get_base(size: str, every: int) -> ConfigDict:
@@ -24,8 +31,8 @@ def get_base(size: str, every: int) -> ConfigDict:
       every: steps between two evaluations; of quick, 8.
     """
     config = small.get_config("dpo") if size == "small" else imdb_dpo.get_config()
-    folder = "runs/small" if size == "small" else "runs/imdb"
-    config.data.update(path=f"{folder}/preferences/examples", dir=f"{folder}/data")
+    folder = source_of(size)
+    config.data.update(path=f"{folder}/{PAIRS}", dir=f"{folder}/data")
     config.init.run = f"{folder}/sft"
     config.reference.store = f"{folder}/references"
     config.eval.update(every=every, prompts=400)

@@ -1,6 +1,6 @@
 """Answers for KTO without their pairs: all, and with a tenth of the desirable ones.
 
-python -m experiments.kto.thin --source=runs/small/preferences/examples --out=runs/kto
+python -m experiments.kto.thin --source=runs/imdb
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.main import user_errors
 from dpo_jax.types import CHOSEN
+from experiments.imdb.sweeps import PAIRS
 
 SHARES = {"all": 1.0, "tenth": 0.1}  # of the desirable answers that stay, by name of the folder
 
@@ -24,12 +25,11 @@ SHARES = {"all": 1.0, "tenth": 0.1}  # of the desirable answers that stay, by na
 def main(argv: list[str] | None = None) -> None:
     """Writes a folder for each share, and says what is in it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path("runs/imdb/preferences/examples"))
-    parser.add_argument("--out", type=Path, default=Path("runs/kto"))
+    parser.add_argument("--source", type=Path, default=Path("runs/imdb"), help="workdir of experiments.imdb.run")
     arguments = parser.parse_args(argv)
     with user_errors():
         for name, share in SHARES.items():
-            write(arguments.source, arguments.out / name, share)
+            write(arguments.source / PAIRS, arguments.source / "answers" / name, share)
 
 
 def write(source: Path, out: Path, share: float) -> None:

@@ -1,6 +1,6 @@
-"""Pairs with a bias toward length: those of runs/imdb/preferences whose longer answer won, and a share of the others.
+"""Pairs with a bias toward length: those of an experiment whose longer answer won, and a share of the others.
 
-python -m experiments.length.pairs --source=runs/imdb/preferences/examples --out=runs/length/examples
+python -m experiments.length.pairs --source=runs/imdb
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.main import user_errors
 from dpo_jax.types import CHOSEN
+from experiments.imdb.sweeps import PAIRS
 
 SHORTER = 0.25  # share of the pairs whose shorter answer won that is kept
 
@@ -23,11 +24,10 @@ SHORTER = 0.25  # share of the pairs whose shorter answer won that is kept
 def main(argv: list[str] | None = None) -> None:
     """Writes the biased pairs, and says how often the longer answer wins."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--source", type=Path, default=Path("runs/imdb/preferences/examples"))
-    parser.add_argument("--out", type=Path, default=Path("runs/length/examples"))
+    parser.add_argument("--source", type=Path, default=Path("runs/imdb"), help="workdir of experiments.imdb.run")
     arguments = parser.parse_args(argv)
     with user_errors():
-        write(arguments.source, arguments.out)
+        write(arguments.source / PAIRS, arguments.source / "length_biased")
 
 
 def write(source: Path, out: Path) -> None:

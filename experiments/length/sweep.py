@@ -1,19 +1,24 @@
 """Where longer answers win more often, which losses lengthen the policy's own answers?
 
-python -m experiments.length.pairs                                # runs/length/examples, from runs/imdb (make demo)
-python -m dpo_jax.sweep --config=experiments/length/sweep.py --workdir=runs/length/sweep
-python -m dpo_jax.sweep --config=experiments/length/sweep.py:quick --workdir=runs/length/quick
+    python -m experiments.length.pairs                                # pairs with a bias, in runs/imdb
+    python -m dpo_jax.sweep --config=experiments/length/sweep.py --workdir=runs/length/sweep
+    python -m dpo_jax.sweep --config=experiments/length/sweep.py:quick --workdir=runs/length/quick
+
+starts from runs/imdb (``make demo``), or runs/small (configs/small.py; ``--source=runs/small``).
 """
 
 from ml_collections import ConfigDict
 
-from experiments.imdb.sweeps import get_base
+from experiments.imdb.sweeps import get_base, source_of
+
+# At 4e-4 answers of the full size fill their room of 55 tokens in 24 steps.
+RATE = {"full": 1e-4, "small": 1e-3, "quick": 1e-4}
 
 
 def get_config(size: str = "full") -> ConfigDict:
     config = get_base(size, every=20)
-    config.data.path = "runs/length/examples"
-    config.optim.learning_rate = 1e-4  # at 4e-4 answers fill their room of 55 tokens in 24 steps
+    config.data.path = f"{source_of(size)}/length_biased"
+    config.optim.learning_rate = RATE[size]
     if size == "full":
         config.train.update(epochs=None, steps=80)
         config.checkpoint.every = 80

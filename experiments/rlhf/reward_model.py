@@ -24,7 +24,7 @@ from dpo_jax.data.pipeline import Source
 from dpo_jax.models.layers import training_mask
 from dpo_jax.opened import OpenedRun
 from dpo_jax.optim import schedule
-from dpo_jax.steps import Axis
+from dpo_jax.state import Axis
 from dpo_jax.types import Array, Params
 
 
@@ -142,9 +142,9 @@ def _make_step(run: OpenedRun, steps: int) -> Callable[..., Any]:
 
         (loss, right), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
         grads, loss, right = mean_over(run.parallel.axis, (grads, loss, right))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         now = rate * schedule(settings.schedule, state.step, warmup=settings.warmup_steps, steps=steps)
-        params = optax.apply_updates(state.params, jax.tree.map(lambda u: now * u, updates))
+        norm = optax.global_norm(grads)
+        params, opt_state = optimizer.update(state.params, state.opt_state, grads, norm, now)
         return FitState(state.step + 1, params, opt_state), {"loss": loss, "accuracy": right}
 
     return step

@@ -30,7 +30,7 @@ from dpo_jax.opened import OpenedRun, unique_prompts
 from dpo_jax.optim import schedule
 from dpo_jax.progress import Progress
 from dpo_jax.shared import Shared
-from dpo_jax.steps import TrainState
+from dpo_jax.state import TrainState
 from dpo_jax.types import Array, Params, PreferenceBatch, TokenBatch
 from dpo_jax.writers import make_writer
 from experiments.rlhf.reward_model import mean_over
@@ -202,10 +202,10 @@ class Rloo(OpenedRun):
 
             (value, kl), grads = jax.value_and_grad(loss_of, has_aux=True)(state.params)
             grads, numbers = mean_over(axis, (grads, {"loss": value, "kl": kl, "reward": jnp.mean(reward_XK)}))
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            norm = optax.global_norm(grads)
             now = rate * schedule(optim.schedule, state.step, warmup=optim.warmup_steps, steps=steps)
-            params = optax.apply_updates(state.params, jax.tree.map(lambda u: now * u, updates))
+            params, opt_state = optimizer.update(state.params, state.opt_state, grads, norm, now)
             after = TrainState(state.step + 1, params, state.reference, opt_state, state.loss_state)
-            return after, {**numbers, "grad_norm": optax.global_norm(grads)}
+            return after, {**numbers, "grad_norm": norm}
 
         return step

@@ -20,9 +20,10 @@ from absl import app, flags, logging
 
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.losses.objective import make_objective
-from dpo_jax.optim import make_optimizer
+from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel
-from dpo_jax.steps import Hyper, StepConfig, init_state, make_train_step
+from dpo_jax.state import Hyper, StepConfig
+from dpo_jax.steps import init_state, make_train_step
 from dpo_jax.types import CHOSEN, PROMPT, REJECTED, UNUSED, PreferenceBatch, TokenBatch
 
 # The recordings' names of losses, and what they are here.
@@ -160,9 +161,7 @@ def relative(pair: Sequence[float]) -> float:
 
 def _optimizer(meta: Mapping[str, Any]) -> Any:
     b1, b2 = meta["betas"]
-    return make_optimizer(
-        b1=b1, b2=b2, epsilon=meta["eps"], weight_decay=meta["weight_decay"], clip_norm=meta["max_grad_norm"]
-    )
+    return AdamW(b1=b1, b2=b2, epsilon=meta["eps"], weight_decay=meta["weight_decay"], clip_norm=meta["max_grad_norm"])
 
 
 def main(argv: Sequence[str]) -> None:

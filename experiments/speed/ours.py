@@ -22,9 +22,10 @@ from dpo_jax.data.pipeline import mismatch
 from dpo_jax.logprobs import target_scores
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import init_params
-from dpo_jax.optim import make_optimizer
+from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel
-from dpo_jax.steps import Hyper, StepConfig, TrainState, make_train_step
+from dpo_jax.state import Hyper, StepConfig, TrainState
+from dpo_jax.steps import make_train_step
 from dpo_jax.types import Params, PreferenceBatch, TokenBatch
 from experiments.speed import work
 
@@ -78,7 +79,7 @@ class Worker:
         self.reference_seconds = 0.0
         if settings.reference == "store":
             examples = self._with_stored_reference(model, params, examples)
-        optimizer = make_optimizer(b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0)
+        optimizer = AdamW(b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0)
         model, self.state = _state(self.parallel, objective, optimizer, model, params, settings.reference)
         del params  # from here on there is what lies on the device alone
         config = StepConfig(self.shape.answers, "constant", 0, len(examples), settings.head_chunk)

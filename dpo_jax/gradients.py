@@ -1,0 +1,286 @@
+"""The loss of a batch and its gradient, over the *global* batch, whatever the number of devices and micro-batches.
+
+Losses are separable or coupled. A separable loss is a sum over answers whose counts are known from the data alone, so
+each micro-batch pulls its own part of the gradient back. A coupled loss (AOT's sort, a running mean of rewards) needs
+all log-probabilities first: they are gathered, the loss is differentiated with respect to them, and each device pulls
+its own slice back, micro-batch by micro-batch. Both are exact.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from dpo_jax import lora
+from dpo_jax.logprobs import group, score, stored
+from dpo_jax.losses.objective import Objective, Scored, Totals
+from dpo_jax.metrics import Metrics, Total
+from dpo_jax.state import ALONE, Axis, Hyper, StepConfig, TrainState
+from dpo_jax.types import UNUSED, Array, Params, PreferenceBatch, SequenceLogps, TokenBatch
+
+# (state, batch, hyper) → (gradient, metrics, what the losses' statistics remember), each of the whole batch.
+GradientOf = Callable[[TrainState, PreferenceBatch, Hyper], tuple[Params, Metrics, Any]]
+
+
+def make_gradient(model: nn.Module, objective: Objective, config: StepConfig, axis: Axis = ALONE) -> GradientOf:
+    """Builds the pure function (state, batch, hyper) → (gradient, metrics, statistics); takes no update.
+
+    Args:
+      model: a family's module.
+      objective: what to minimise.
+      config: what is compiled in.
+      axis: the devices that share the batch.
+
+    Returns:
+      The function. Leaves of ``batch`` are [micro-batches, R, …].
+    """
+    unbound = Scorer(model, objective, config.answers, config.head_chunk * axis.parts)
+
+    def gradient(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> tuple[Params, Metrics, Any]:
+        scorer = unbound.of(state)
+        totals, frozen = _before_gradient(scorer, state, batch, axis)
+        frozen = dataclasses.replace(frozen, dropout_key=_dropout_keys(config, state.step, batch, axis))
+        of_loss = _coupled if objective.couples_batch else _separable
+        grads, metrics, loss_state = of_loss(scorer, state, batch, hyper, totals, frozen, axis)
+        metrics = {**metrics, "tokens": Total(jnp.sum(batch.answers.weight_RM))}
+        return axis.sum(grads), axis.sum(metrics), loss_state
+
+    return gradient
+
+
+def make_eval_step(
+    model: nn.Module,
+    objective: Objective,
+    answers: int,
+    head_chunk: int,
+    axis: Axis = ALONE,
+) -> Callable[[TrainState, PreferenceBatch, Hyper], Metrics]:
+    """Builds the pure evaluation step: metrics of one batch, to be merged over batches, without an update."""
+    unbound = Scorer(model, objective, answers, head_chunk * axis.parts)
+
+    def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> Metrics:
+        scorer = unbound.of(state)
+        totals, frozen = _before_gradient(scorer, state, batch, axis)
+        policy = _over_micro(lambda b: scorer.policy(state.params, b), batch.answers)
+        scored = axis.gather(_flat(scorer.scored(policy, frozen.reference, batch.answers)))
+        numbers, _ = _statistics(objective, state, hyper, scored, totals, frozen, update=False)
+        metrics = objective.metrics(hyper.loss, scored, totals, numbers)
+        return dict(metrics)
+
+    return step
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores token batches by example, as the objective asks.
+
+    Attributes:
+      model: a family's module, with adapters where adapters are trained.
+      objective: what asks.
+      answers: A, answers of an example.
+      chunk: targets whose logits exist at a time.
+      base: what the adapters stand on that are trained; None when whole models are.
+    """
+
+    model: nn.Module
+    objective: Objective
+    answers: int
+    chunk: int
+    base: Params | None = None
+
+    def of(self, state: TrainState) -> Scorer:
+        """The same for the parameters of a state."""
+        base = state.reference if lora.adapter_of(self.model) else None
+        return dataclasses.replace(self, base=jax.lax.stop_gradient(base))
+
+    @property
+    def grouping(self) -> tuple[int, int]:
+        return self.answers, 2 if self.objective.needs_prompt else 1
+
+    def policy(self, params: Params, batch: TokenBatch, dropout_key: Array | None = None) -> SequenceLogps:
+        """[X, A, C]."""
+        return self._score_policy(params, batch, self.grouping, dropout_key)
+
+    def reference(self, params: Params | None, batch: TokenBatch) -> SequenceLogps:
+        """[X, A, C] without a gradient: as stored in the batch, where they are; zeros when the objective needs none."""
+        if not self.objective.needs_reference:
+            zeros = jnp.zeros_like(group(batch.role_RS, self.grouping), jnp.float32)
+            return SequenceLogps(zeros, zeros, zeros, zeros, zeros)
+        return self._score_reference(params, batch, self.grouping)
+
+    def mismatched_ratio(self, state: TrainState, batch: TokenBatch) -> tuple[Array, Array]:
+        """(log-ratios in nats, which of them are real), both [R·S], without a gradient."""
+        grouping = (batch.role_RS.shape[1], 1)
+        policy = self._score_policy(state.params, batch, grouping)
+        reference = self._score_reference(state.reference, batch, grouping)
+        return self.objective.mismatched_ratio(policy, reference).reshape(-1), (batch.role_RS != UNUSED).reshape(-1)
+
+    def scored(self, policy: SequenceLogps, reference: SequenceLogps, batch: TokenBatch) -> Scored:
+        shape = policy.sum.shape
+        return Scored(policy, reference, batch.role_RS.reshape(shape), batch.score_RS.reshape(shape))
+
+    def _score_policy(
+        self, params: Params, batch: TokenBatch, grouping: tuple[int, int], dropout_key: Array | None = None
+    ) -> SequenceLogps:
+        whole = params if self.base is None else lora.join(self.base, params)
+        return score(self.model, whole, batch, grouping, self.chunk, dropout_key)
+
+    def _score_reference(self, params: Params | None, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
+        if batch.reference_RM is not None:
+            return stored(batch, grouping)
+        model = lora.with_adapter(self.model, None)
+        return jax.lax.stop_gradient(score(model, jax.lax.stop_gradient(params), batch, grouping, self.chunk))
+
+
+@struct.dataclass
+class _Frozen:
+    """Known before any gradient: reference scores [micro, X, A, C], the mismatched log-ratios [global B], and a key for
+    each micro-batch [micro] when adapters are trained with dropout."""
+
+    reference: SequenceLogps
+    mismatched_ratio_B: Array | None
+    mismatched_mask_B: Array | None
+    dropout_key: Array | None = None
+
+
+def _before_gradient(scorer: Scorer, state: TrainState, batch: PreferenceBatch, axis: Axis) -> tuple[Totals, _Frozen]:
+    shape = (*batch.answers.role_RS.shape[:1], -1, *scorer.grouping)
+    role, count = batch.answers.role_RS.reshape(shape), _counts(batch.answers).reshape(shape)
+    totals = scorer.objective.totals(*_flat((role, count)))
+    reference = _over_micro(lambda b: scorer.reference(state.reference, b), batch.answers)
+    ratio = mask = None
+    if scorer.objective.needs_mismatched:
+        pieces = _over_micro(lambda b: scorer.mismatched_ratio(state, b), batch.mismatched)
+        ratio, mask = axis.gather(_flat(jax.lax.stop_gradient(pieces)))
+    return axis.sum(totals), _Frozen(reference, ratio, mask)
+
+
+def _separable(
+    scorer: Scorer,
+    state: TrainState,
+    batch: PreferenceBatch,
+    hyper: Hyper,
+    totals: Totals,
+    frozen: _Frozen,
+    axis: Axis,
+) -> tuple[Params, Metrics, Any]:
+    """Gradient and metrics of this device's shard, micro-batch by micro-batch."""
+    numbers, loss_state = _statistics(scorer.objective, state, hyper, None, totals, frozen)
+
+    def gradient(piece: tuple[TokenBatch, SequenceLogps, Array | None]) -> tuple[Params, Metrics]:
+        tokens, reference, key = piece
+        policy, pull_back = jax.vjp(lambda params: scorer.policy(params, tokens, key), state.params)
+        scored = scorer.scored(policy, reference, tokens)
+        cotangent, metrics = _differentiate(scorer.objective, hyper, scored, totals, numbers)
+        return pull_back(cotangent)[0], metrics
+
+    grads, metrics = _sum_over_micro(gradient, (batch.answers, frozen.reference, frozen.dropout_key))
+    return grads, metrics, loss_state
+
+
+def _coupled(
+    scorer: Scorer,
+    state: TrainState,
+    batch: PreferenceBatch,
+    hyper: Hyper,
+    totals: Totals,
+    frozen: _Frozen,
+    axis: Axis,
+) -> tuple[Params, Metrics, Any]:
+    """The same for a loss that sees the whole batch: all log-probabilities first, then the vector–Jacobian products."""
+    single = batch.answers.tokens_RL.shape[0] == 1
+    pieces = batch.answers, frozen.dropout_key
+    score_all = lambda params: _over_micro(lambda piece: scorer.policy(params, *piece), pieces)  # noqa: E731
+    # One micro-batch keeps its activations; several are scored once more when they are pulled back.
+    policy, pull_back = jax.vjp(score_all, state.params) if single else (score_all(state.params), None)
+    own = scorer.scored(policy, frozen.reference, batch.answers)
+    whole = axis.gather(_flat(own))
+    numbers, loss_state = _statistics(scorer.objective, state, hyper, whole, totals, frozen)
+    cotangent, metrics = _differentiate(scorer.objective, hyper, whole, totals, numbers)
+    cotangent = axis.own(cotangent, _flat(policy))
+    cotangent = jax.tree.map(_unflat, cotangent, policy)
+    # Every device has computed the metrics of the whole batch; each reports its share of their sum.
+    metrics = jax.tree.map(lambda m: m / axis.sum(1.0), metrics)
+    if pull_back is not None:
+        return pull_back(cotangent)[0], metrics, loss_state
+
+    def gradient(piece: tuple[tuple[TokenBatch, Array | None], SequenceLogps]) -> Params:
+        tokens_and_key, own_cotangent = piece
+        return jax.vjp(lambda params: scorer.policy(params, *tokens_and_key), state.params)[1](own_cotangent)[0]
+
+    return _sum_over_micro(gradient, (pieces, cotangent)), metrics, loss_state
+
+
+def _differentiate(
+    objective: Objective, hyper: Hyper, scored: Scored, totals: Totals, numbers: Mapping[str, Any]
+) -> tuple[SequenceLogps, Metrics]:
+    """Gradient of the loss with respect to the policy's log-probabilities, and the metrics."""
+
+    def loss(policy: SequenceLogps) -> Array:
+        return objective.loss(hyper.loss, dataclasses.replace(scored, policy=policy), totals, numbers)
+
+    cotangent = jax.grad(loss)(scored.policy)
+    return cotangent, objective.metrics(hyper.loss, scored, totals, numbers)
+
+
+def _statistics(
+    objective: Objective,
+    state: TrainState,
+    hyper: Hyper,
+    scored: Scored | None,
+    totals: Totals,
+    frozen: _Frozen,
+    update: bool = True,
+) -> tuple[dict[str, Any], Any]:
+    mismatched = frozen.mismatched_ratio_B, frozen.mismatched_mask_B
+    return objective.statistics(hyper.loss, state.loss_state, scored, totals, *mismatched, update=update)
+
+
+def _dropout_keys(config: StepConfig, step: Array, batch: PreferenceBatch, axis: Axis) -> Array | None:
+    """One for each micro-batch, a function of (seed, step, device, micro-batch): a continued run draws the same."""
+    if config.dropout_seed is None:
+        return None
+    key = jax.random.fold_in(jax.random.key(config.dropout_seed), step)
+    key = jax.random.fold_in(key, jax.lax.axis_index(axis.name) if axis.name else 0)
+    return jax.random.split(key, batch.answers.tokens_RL.shape[0])
+
+
+def _counts(batch: TokenBatch) -> Array:
+    """Σ of weights by slot, [micro, R, S]."""
+    member = jax.nn.one_hot(batch.slot_RM, batch.role_RS.shape[-1], dtype=bool)
+    return jnp.sum(jnp.where(member, batch.weight_RM[..., None], 0.0), axis=-2)
+
+
+def _flat(tree: Any) -> Any:
+    """Joins the micro-batch axis and the one after it, that of the rows first: they stay where they lie on a mesh."""
+    return jax.tree.map(lambda a: a.swapaxes(0, 1).reshape(-1, *a.shape[2:]), tree)
+
+
+def _unflat(flat: Array, like: Array) -> Array:
+    """The inverse, to the shape of ``like``."""
+    return flat.reshape(like.shape[1], like.shape[0], *like.shape[2:]).swapaxes(0, 1)
+
+
+def _over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:
+    """Maps over the leading axis, one micro-batch at a time; a single one is not wrapped in a loop."""
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+        return jax.tree.map(lambda a: a[None], fn(jax.tree.map(lambda a: a[0], pieces)))
+    return jax.lax.map(fn, pieces)
+
+
+def _sum_over_micro(fn: Callable[[Any], Any], pieces: Any) -> Any:
+    """Σ of ``fn`` over micro-batches, in constant memory."""
+    first = jax.tree.map(lambda a: a[0], pieces)
+    if jax.tree.leaves(pieces)[0].shape[0] == 1:
+        return fn(first)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(fn, first))
+    add = partial(jax.tree.map, jnp.add)
+    return jax.lax.scan(lambda total, piece: (add(total, fn(piece)), None), zeros, pieces)[0]
