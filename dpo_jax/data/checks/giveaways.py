@@ -20,7 +20,7 @@ from dpo_jax.data.checks.case import Case, Finding, labelled_sides
 _LEAST = 40  # rows for an estimate
 _FOLDS = 5
 _GIVEN_AWAY = 0.65  # accuracy of surface features past which they are a shortcut
-_READABLE = 0.7  # accuracy under which a reader's doubts mean nothing
+READABLE = 0.7  # accuracy under which a reader's doubts mean nothing
 _CONFIDENT = 0.9
 
 _SURFACE = {
@@ -89,7 +89,7 @@ def label_noise(cases: Sequence[Case]) -> list[Finding]:
     flipped = (1 - own) >= np.array([usual[not label] for label in labels])
     disputed = [i for i in np.argsort(own, kind="stable") if own[i] < 1 - _CONFIDENT]
     rows = [(kept[i].place, f"the given label has probability {own[i]:.3f}") for i in disputed]
-    if accuracy < _READABLE:
+    if accuracy < READABLE:
         summary = f"no estimate: a reader of words is right in only {100 * accuracy:.1f} % of held-out rows"
     else:
         summary = (
