@@ -11,24 +11,43 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from dpo_jax import results, sources
+from dpo_jax import results
 from dpo_jax.data.example import Answer
+from dpo_jax.data.tokenizer import load_tokenizer
 from dpo_jax.evaluate import Completer
 from dpo_jax.main import user_errors
 from dpo_jax.opened import shared_devices
-from dpo_jax.results import Result, Samples
+from dpo_jax.results import Result
 from dpo_jax.shared import Shared
-from dpo_jax.start import load_policy, make_start_model
+from dpo_jax.sources import tokenizer_folder
+from dpo_jax.start import load_policy, make_start_model, start_params
 from dpo_jax.types import CHOSEN
 from dpo_jax.workdir import read_config
 from experiments.changes import mean_and_error
 
-# (bits that all answers cost, their bytes) of an evaluation's samples.
-Judge = Callable[[Samples], tuple[float, int]]
+ROOM = 256  # tokens of prompt and answer that are read
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of texts under a language model: −log-probability in nats, and their bytes and tokens."""
+
+    nats: float
+    bytes: int
+    tokens: int
+
+    @property
+    def bits_a_byte(self) -> float:
+        return self.nats / math.log(2) / self.bytes
+
+
+# (prompts, answers) → what the answers cost after their prompts.
+Judge = Callable[[Sequence[str], Sequence[str]], Cost]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,51 +77,53 @@ def table(runs: Sequence[Result], judge: Judge) -> Iterator[str]:
         groups.setdefault((run.method, *run.condition, *run.setting), []).append(run)
     for labels, own in groups.items():
         first, last = ([list(run.samples.values())[i] for run in own] for i in (0, -1))
-        before, after = ([bits / size for bits, size in map(judge, part)] for part in (first, last))
+        before, after = ([judge(s.prompts, s.answers).bits_a_byte for s in part] for part in (first, last))
         cells = [[s.rewards.mean() for s in last], [s.kl.mean() for s in last]]
         reward, kl = (mean_and_error(np.array(values)) for values in cells)
         bits = f"{mean_and_error(np.array(before))} → {mean_and_error(np.array(after))}"
         yield f"| {' '.join(labels)} | {len(own)} | {reward} | {kl} | {bits} |"
 
 
-def open_judge(workdir: Path) -> Judge:
+def open_judge(workdir: Path, *, start: bool = False) -> Judge:
     """A judge from a run's policy.
 
     Args:
       workdir: of the run.
+      start: whether it is what the run started from instead.
 
     Raises:
       OSError: no run, or one that cannot be read.
     """
     config = read_config(workdir)
-    tokenizer = sources.imdb_tokenizer(config.data)
+    tokenizer = load_tokenizer(tokenizer_folder(config.data))
     model = make_start_model(config, len(tokenizer))
     parallel = shared_devices(Shared(), config, model)
-    length = config.model.context_length
+    room = min(ROOM, model.config.context_length)
     completer = Completer(
         model,
         tokenizer,
         parallel,
-        prompt_length=length // 2 + 1,
-        answer_length=length,
-        rows=100,
+        prompt_length=room // 2,
+        answer_length=room,
+        rows=20,
         head_chunk=config.train.head_chunk,
     )
-    params = parallel.replicate(load_policy(workdir, model))
+    params = parallel.replicate(start_params(config, model) if start else load_policy(workdir, model))
 
-    def encode(text: str, room: int) -> np.ndarray:
-        return np.array(tokenizer.encode(text, add_special_tokens=False)[:room], np.int32)
+    def encode(text: str, most: int) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)[:most]
 
-    def judge(samples: Samples) -> tuple[float, int]:
-        prompts, answers, size = [], [], 0
-        for prompt, answer in zip(samples.prompts, samples.answers, strict=True):
-            before = np.concatenate([[tokenizer.bos_token_id], encode(prompt, length // 2)]).astype(np.int32)
-            tokens = encode(answer, length - len(before))
-            if len(tokens):  # an answer of its end alone has no bytes
-                prompts.append(before)
-                answers.append(Answer(tokens, np.ones(len(tokens), np.float32), CHOSEN))
+    def judge(prompts: Sequence[str], answers: Sequence[str]) -> Cost:
+        befores, afters, size = [], [], 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            before = [tokenizer.bos_token_id, *encode(prompt, room // 2 - 1)]
+            tokens = encode(answer, room - len(before))
+            if tokens:  # an answer of its end alone has no bytes
+                befores.append(np.array(before, np.int32))
+                afters.append(Answer(np.array(tokens, np.int32), np.ones(len(tokens), np.float32), CHOSEN))
                 size += len(tokenizer.decode(tokens).encode())
-        return float(-completer.logps(params, prompts, answers).sum() / math.log(2)), size
+        nats = -float(completer.logps(params, befores, afters).sum(dtype=np.float64))
+        return Cost(nats, size, sum(len(answer.tokens) for answer in afters))
 
     return judge
 

@@ -19,16 +19,6 @@ from tests import tiny_run
 from tests.tiny import make_answer
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "count"),
-    [("orpo", "full", 24), ("orpo", "quick", 4), ("length", "full", 15), ("length", "quick", 5)],
-)
-def test_every_run_of_a_sweep_can_be(name: str, size: str, count: int) -> None:
-    file = importlib.import_module(f"experiments.{name}.sweep")
-    assert f"--config=experiments/{name}/sweep.py:quick" in (file.__doc__ or "")
-    assert len(grid.expand(file.get_config(size), file.get_axes(size))) == count
-
-
 def test_orpo_goes_through_to_its_table(tmp_path: Path) -> None:
     tiny_run.write_data(tmp_path / "data")
     quick = {"train.steps": 4, "optim.warmup_steps": 0, "eval.every": 4, "eval.prompts": 0, "train.micro_batches": 1}

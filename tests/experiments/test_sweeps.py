@@ -30,6 +30,15 @@ from tests import tiny_run
         ("overoptimisation", "full", 36),
         ("overoptimisation", "small", 18),
         ("overoptimisation", "quick", 3),
+        ("orpo", "full", 24),
+        ("orpo", "small", 24),
+        ("orpo", "quick", 4),
+        ("length", "full", 15),
+        ("length", "small", 15),
+        ("length", "quick", 5),
+        ("skip_sft", "full", 18),
+        ("skip_sft", "small", 18),
+        ("skip_sft", "quick", 3),
     ],
 )
 def test_every_run_of_a_sweep_can_be(name: str, size: str, count: int) -> None:
