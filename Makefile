@@ -33,7 +33,7 @@ demo: $(STAMP)
 	$(MALLOC) $(RUN) experiments.imdb.run --workdir=runs/imdb $(ARGS)
 
 test: $(STAMP)
-	$(RUN) pytest $(ARGS)
+	$(RUN) pytest --numprocesses=2 --dist=loadfile $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) ruff check .

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax.build import build, guarded, guarded_step, make_parallel, param_shapes, state_shapes
+from dpo_jax.build import Parts, build, guarded, guarded_step, make_parallel, param_shapes, state_shapes
 from dpo_jax.build import make_pipeline as make_batches
 from dpo_jax.chips import CHIPS, Chip, describe_devices, parse
 from dpo_jax.config import Config
@@ -28,7 +28,7 @@ from dpo_jax.hlo import Collective, collectives
 from dpo_jax.models.config import REMAT
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.trees import parameter_count
-from dpo_jax.types import CHOSEN, REJECTED
+from dpo_jax.types import CHOSEN, REJECTED, PreferenceBatch
 
 GIB = 2**30
 _USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
@@ -140,7 +140,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     parts = build(config, vocab_size=1 if sizes else config.data.vocab_size, answers=2, platform="tpu")
     parallel = make_parallel(config.parallel, parts.model, describe_devices(topology))
     check_divides(config.data.batch_size, config.train.micro_batches, parallel.parts)
-    batch = _longest_batch(config, parts)
+    batch = longest_batch(config, parts)
     state = jax.eval_shape(lambda s: guarded(s, 0), state_shapes(parts))
     step = parallel.train_step(guarded_step(config, parts, config.train.steps or 1000, parallel.axis))
     shapes = parallel.shapes(state, batch, parts.hyper, config.train.micro_batches)
@@ -285,7 +285,8 @@ class _Longest:
         return dataclasses.replace(self._example, uid=index)
 
 
-def _longest_batch(config: Config, parts: Any) -> Any:
+def longest_batch(config: Config, parts: Parts) -> PreferenceBatch:
+    """A batch of examples that are as long as a config allows, of all processes."""
     return make_batches(config, parts, _Longest(parts.shape, config.data.batch_size)).batch(0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -63,4 +64,5 @@ def test_perplexity_before_and_after(tmp_path: Path) -> None:
     assert sweep.run(runs, tmp_path / "sweep", together=1) == {}
     lines = list(perplexity.table(tmp_path / "sweep", ["so good a film", "bad"]))
     before, after = map(float, lines[2].split("|")[2].split("→"))
-    assert before == pytest.approx(tiny_run.VOCAB, rel=0.01) and after != before
+    assert before == pytest.approx(tiny_run.VOCAB, rel=0.05)  # of seven tokens under random parameters
+    assert after != before
