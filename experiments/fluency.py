@@ -18,7 +18,7 @@ import numpy as np
 
 from dpo_jax import results
 from dpo_jax.data.example import Answer
-from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.evaluate import Completer
 from dpo_jax.main import user_errors
 from dpo_jax.opened import shared_devices
@@ -95,7 +95,7 @@ def open_judge(workdir: Path, *, start: bool = False) -> Judge:
       OSError: no run, or one that cannot be read.
     """
     config = read_config(workdir)
-    tokenizer = load_tokenizer(tokenizer_folder(config.data))
+    tokenizer = open_tokenizer(tokenizer_folder(config.data))
     model = make_start_model(config, len(tokenizer))
     parallel = shared_devices(Shared(), config, model)
     room = min(ROOM, model.config.context_length)

@@ -1,7 +1,7 @@
 """What the sweeps over the sentiment experiment have in common: base, learning rates and seeds, in three sizes.
 
-full starts from runs/imdb (``make demo``), small from runs/small (configs/small.py), quick from runs/imdb and takes 24
-steps.
+full starts from runs/imdb (``make demo``) and wants an accelerator or a night; small starts from runs/small
+(configs/small.py), for an hour at most on two cores; quick starts from runs/imdb and takes 24 steps.
 """
 
 from ml_collections import ConfigDict

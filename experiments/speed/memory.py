@@ -13,7 +13,7 @@ import jax
 
 from dpo_jax.build import build, guarded, guarded_step, make_parallel, state_shapes
 from dpo_jax.config import Config, from_config_dict
-from dpo_jax.data.tokenizer import load_tokenizer
+from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.main import user_errors
 from dpo_jax.models.config import REMAT
 from dpo_jax.plan import GIB, longest_batch
@@ -38,7 +38,7 @@ def table(model: Path, positions: int) -> Iterator[str]:
       model: Hugging Face folder.
       positions: of a row that one pair fills, prompt and answers a third each.
     """
-    vocabulary = len(load_tokenizer(model))
+    vocabulary = len(open_tokenizer(model))
     yield "| `model.remat` | state, GiB | beside it, GiB |"
     yield "|---|---|---|"
     for remat in track(list(REMAT), "steps compiled", unit="step"):
