@@ -17,7 +17,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from dpo_jax import lora
 from dpo_jax.logprobs import group, score, stored
@@ -45,11 +44,9 @@ def make_gradient(model: nn.Module, objective: Objective, config: StepConfig, ax
     unbound = Scorer(model, objective, config.answers, config.head_chunk * axis.parts)
 
     def gradient(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> tuple[Params, Metrics, Any]:
-        scorer = unbound.of(state)
-        totals, frozen = _before_gradient(scorer, state, batch, axis)
-        frozen = dataclasses.replace(frozen, dropout_key=_dropout_keys(config, state.step, batch, axis))
-        of_loss = _coupled if objective.couples_batch else _separable
-        grads, metrics, loss_state = of_loss(scorer, state, batch, hyper, totals, frozen, axis)
+        key = _dropout_keys(config, state.step, batch, axis)
+        work = _begin(unbound.of(state), state, batch, hyper, axis, key)
+        grads, metrics, loss_state = work.coupled() if objective.couples_batch else work.separable()
         metrics = {**metrics, "tokens": Total(jnp.sum(batch.answers.weight_RM))}
         return axis.sum(grads), axis.sum(metrics), loss_state
 
@@ -67,13 +64,11 @@ def make_eval_step(
     unbound = Scorer(model, objective, answers, head_chunk * axis.parts)
 
     def step(state: TrainState, batch: PreferenceBatch, hyper: Hyper) -> Metrics:
-        scorer = unbound.of(state)
-        totals, frozen = _before_gradient(scorer, state, batch, axis)
-        policy = _over_micro(lambda b: scorer.policy(state.params, b), batch.answers)
-        scored = axis.gather(_flat(scorer.scored(policy, frozen.reference, batch.answers)))
-        numbers, _ = _statistics(objective, state, hyper, scored, totals, frozen, update=False)
-        metrics = objective.metrics(hyper.loss, scored, totals, numbers)
-        return dict(metrics)
+        work = _begin(unbound.of(state), state, batch, hyper, axis)
+        policy = _over_micro(lambda b: work.scorer.policy(state.params, b), batch.answers)
+        scored = axis.gather(_flat(work.scorer.scored(policy, work.reference, batch.answers)))
+        numbers, _ = work.statistics(scored, update=False)
+        return objective.metrics(hyper.loss, scored, work.totals, numbers)
 
     return step
 
@@ -140,108 +135,100 @@ class Scorer:
         return jax.lax.stop_gradient(score(model, jax.lax.stop_gradient(params), batch, grouping, self.chunk))
 
 
-@struct.dataclass
-class _Frozen:
-    """Known before any gradient: reference scores [micro, X, A, C], the mismatched log-ratios [global B], and a key for
-    each micro-batch [micro] when adapters are trained with dropout."""
+@dataclass(frozen=True)
+class _Work:
+    """A batch on its way to a gradient, with what is known before it.
 
+    Attributes:
+      scorer: of the state's parameters.
+      state: that the gradient is of.
+      batch: this device's.
+      hyper: traced numbers.
+      axis: the devices that share the batch.
+      totals: counts of the global batch.
+      reference: its scores, [micro, X, A, C].
+      mismatched: (log-ratios, which of them are real) of the global batch, [B] each; None when the objective asks for
+        none.
+      dropout_key: for each micro-batch, [micro]; None when nothing is left out.
+    """
+
+    scorer: Scorer
+    state: TrainState
+    batch: PreferenceBatch
+    hyper: Hyper
+    axis: Axis
+    totals: Totals
     reference: SequenceLogps
-    mismatched_ratio_B: Array | None
-    mismatched_mask_B: Array | None
-    dropout_key: Array | None = None
+    mismatched: tuple[Array | None, Array | None]
+    dropout_key: Array | None
+
+    def separable(self) -> tuple[Params, Metrics, Any]:
+        """Gradient and metrics of this device's shard, micro-batch by micro-batch."""
+        numbers, loss_state = self.statistics(None)
+
+        def gradient(piece: tuple[TokenBatch, SequenceLogps, Array | None]) -> tuple[Params, Metrics]:
+            tokens, reference, key = piece
+            policy, pull_back = jax.vjp(lambda params: self.scorer.policy(params, tokens, key), self.state.params)
+            cotangent, metrics = self._differentiate(self.scorer.scored(policy, reference, tokens), numbers)
+            return pull_back(cotangent)[0], metrics
+
+        grads, metrics = _sum_over_micro(gradient, (self.batch.answers, self.reference, self.dropout_key))
+        return grads, metrics, loss_state
+
+    def coupled(self) -> tuple[Params, Metrics, Any]:
+        """The same for a loss that sees the whole batch: all log-probabilities first, then they are pulled back."""
+        axis, params, pieces = self.axis, self.state.params, (self.batch.answers, self.dropout_key)
+        single = self.batch.answers.tokens_RL.shape[0] == 1
+        score_all = lambda p: _over_micro(lambda piece: self.scorer.policy(p, *piece), pieces)  # noqa: E731
+        # One micro-batch keeps its activations; several are scored once more when they are pulled back.
+        policy, pull_back = jax.vjp(score_all, params) if single else (score_all(params), None)
+        whole = axis.gather(_flat(self.scorer.scored(policy, self.reference, self.batch.answers)))
+        numbers, loss_state = self.statistics(whole)
+        cotangent, metrics = self._differentiate(whole, numbers)
+        cotangent = jax.tree.map(_unflat, axis.own(cotangent, _flat(policy)), policy)
+        # Every device has computed the metrics of the whole batch; each reports its share of their sum.
+        metrics = jax.tree.map(lambda m: m / axis.sum(1.0), metrics)
+        if pull_back is not None:
+            return pull_back(cotangent)[0], metrics, loss_state
+
+        def gradient(piece: tuple[tuple[TokenBatch, Array | None], SequenceLogps]) -> Params:
+            tokens_and_key, own_cotangent = piece
+            return jax.vjp(lambda p: self.scorer.policy(p, *tokens_and_key), params)[1](own_cotangent)[0]
+
+        return _sum_over_micro(gradient, (pieces, cotangent)), metrics, loss_state
+
+    def statistics(self, scored: Scored | None, update: bool = True) -> tuple[dict[str, Any], Any]:
+        """(numbers that the loss reads of the whole batch, what its statistics remember)."""
+        objective, loss_state = self.scorer.objective, self.state.loss_state
+        return objective.statistics(self.hyper.loss, loss_state, scored, self.totals, *self.mismatched, update=update)
+
+    def _differentiate(self, scored: Scored, numbers: Mapping[str, Any]) -> tuple[SequenceLogps, Metrics]:
+        """Gradient of the loss with respect to the policy's log-probabilities, and the metrics."""
+        objective, values = self.scorer.objective, self.hyper.loss
+
+        def loss(policy: SequenceLogps) -> Array:
+            return objective.loss(values, dataclasses.replace(scored, policy=policy), self.totals, numbers)
+
+        return jax.grad(loss)(scored.policy), objective.metrics(values, scored, self.totals, numbers)
 
 
-def _before_gradient(scorer: Scorer, state: TrainState, batch: PreferenceBatch, axis: Axis) -> tuple[Totals, _Frozen]:
+def _begin(
+    scorer: Scorer,
+    state: TrainState,
+    batch: PreferenceBatch,
+    hyper: Hyper,
+    axis: Axis,
+    dropout_key: Array | None = None,
+) -> _Work:
     shape = (*batch.answers.role_RS.shape[:1], -1, *scorer.grouping)
     role, count = batch.answers.role_RS.reshape(shape), _counts(batch.answers).reshape(shape)
     totals = scorer.objective.totals(*_flat((role, count)))
     reference = _over_micro(lambda b: scorer.reference(state.reference, b), batch.answers)
-    ratio = mask = None
+    mismatched = None, None
     if scorer.objective.needs_mismatched:
         pieces = _over_micro(lambda b: scorer.mismatched_ratio(state, b), batch.mismatched)
-        ratio, mask = axis.gather(_flat(jax.lax.stop_gradient(pieces)))
-    return axis.sum(totals), _Frozen(reference, ratio, mask)
-
-
-def _separable(
-    scorer: Scorer,
-    state: TrainState,
-    batch: PreferenceBatch,
-    hyper: Hyper,
-    totals: Totals,
-    frozen: _Frozen,
-    axis: Axis,
-) -> tuple[Params, Metrics, Any]:
-    """Gradient and metrics of this device's shard, micro-batch by micro-batch."""
-    numbers, loss_state = _statistics(scorer.objective, state, hyper, None, totals, frozen)
-
-    def gradient(piece: tuple[TokenBatch, SequenceLogps, Array | None]) -> tuple[Params, Metrics]:
-        tokens, reference, key = piece
-        policy, pull_back = jax.vjp(lambda params: scorer.policy(params, tokens, key), state.params)
-        scored = scorer.scored(policy, reference, tokens)
-        cotangent, metrics = _differentiate(scorer.objective, hyper, scored, totals, numbers)
-        return pull_back(cotangent)[0], metrics
-
-    grads, metrics = _sum_over_micro(gradient, (batch.answers, frozen.reference, frozen.dropout_key))
-    return grads, metrics, loss_state
-
-
-def _coupled(
-    scorer: Scorer,
-    state: TrainState,
-    batch: PreferenceBatch,
-    hyper: Hyper,
-    totals: Totals,
-    frozen: _Frozen,
-    axis: Axis,
-) -> tuple[Params, Metrics, Any]:
-    """The same for a loss that sees the whole batch: all log-probabilities first, then the vector–Jacobian products."""
-    single = batch.answers.tokens_RL.shape[0] == 1
-    pieces = batch.answers, frozen.dropout_key
-    score_all = lambda params: _over_micro(lambda piece: scorer.policy(params, *piece), pieces)  # noqa: E731
-    # One micro-batch keeps its activations; several are scored once more when they are pulled back.
-    policy, pull_back = jax.vjp(score_all, state.params) if single else (score_all(state.params), None)
-    own = scorer.scored(policy, frozen.reference, batch.answers)
-    whole = axis.gather(_flat(own))
-    numbers, loss_state = _statistics(scorer.objective, state, hyper, whole, totals, frozen)
-    cotangent, metrics = _differentiate(scorer.objective, hyper, whole, totals, numbers)
-    cotangent = axis.own(cotangent, _flat(policy))
-    cotangent = jax.tree.map(_unflat, cotangent, policy)
-    # Every device has computed the metrics of the whole batch; each reports its share of their sum.
-    metrics = jax.tree.map(lambda m: m / axis.sum(1.0), metrics)
-    if pull_back is not None:
-        return pull_back(cotangent)[0], metrics, loss_state
-
-    def gradient(piece: tuple[tuple[TokenBatch, Array | None], SequenceLogps]) -> Params:
-        tokens_and_key, own_cotangent = piece
-        return jax.vjp(lambda params: scorer.policy(params, *tokens_and_key), state.params)[1](own_cotangent)[0]
-
-    return _sum_over_micro(gradient, (pieces, cotangent)), metrics, loss_state
-
-
-def _differentiate(
-    objective: Objective, hyper: Hyper, scored: Scored, totals: Totals, numbers: Mapping[str, Any]
-) -> tuple[SequenceLogps, Metrics]:
-    """Gradient of the loss with respect to the policy's log-probabilities, and the metrics."""
-
-    def loss(policy: SequenceLogps) -> Array:
-        return objective.loss(hyper.loss, dataclasses.replace(scored, policy=policy), totals, numbers)
-
-    cotangent = jax.grad(loss)(scored.policy)
-    return cotangent, objective.metrics(hyper.loss, scored, totals, numbers)
-
-
-def _statistics(
-    objective: Objective,
-    state: TrainState,
-    hyper: Hyper,
-    scored: Scored | None,
-    totals: Totals,
-    frozen: _Frozen,
-    update: bool = True,
-) -> tuple[dict[str, Any], Any]:
-    mismatched = frozen.mismatched_ratio_B, frozen.mismatched_mask_B
-    return objective.statistics(hyper.loss, state.loss_state, scored, totals, *mismatched, update=update)
+        mismatched = axis.gather(_flat(jax.lax.stop_gradient(pieces)))
+    return _Work(scorer, state, batch, hyper, axis, axis.sum(totals), reference, mismatched, dropout_key)
 
 
 def _dropout_keys(config: StepConfig, step: Array, batch: PreferenceBatch, axis: Axis) -> Array | None:
