@@ -42,7 +42,7 @@ def table(model: Path, positions: int) -> Iterator[str]:
     yield "| `model.remat` | state, GiB | beside it, GiB |"
     yield "|---|---|---|"
     for remat in track(list(REMAT), "steps compiled", unit="step"):
-        state, beside = needed(_config(model, positions, remat), vocabulary)
+        state, beside = needed(configure(model, positions, remat), vocabulary)
         yield f"| {remat} | {state / GIB:.2f} | {beside / GIB:.2f} |"
 
 
@@ -57,7 +57,8 @@ def needed(config: Config, vocabulary: int) -> tuple[int, int]:
     return memory.argument_size_in_bytes, memory.temp_size_in_bytes
 
 
-def _config(model: Path, positions: int, remat: str) -> Config:
+def configure(model: Path, positions: int, remat: str) -> Config:
+    """DPO of a model with one row a step."""
     config = smollm2.get_config()
     config.init.hf = str(model)
     third = positions // 3

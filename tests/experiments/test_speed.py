@@ -15,7 +15,8 @@ from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.layouts import Shape
 from dpo_jax.flops import dot_flops, inner_programs
 from dpo_jax.models import init_params, make_model
-from experiments.speed import losses, run, sampling, work
+from dpo_jax.trees import parameter_count
+from experiments.speed import losses, memory, run, sampling, work
 from experiments.speed.ours import Settings, Worker
 from experiments.speed.table import agreement, markdown
 from tests.tiny import VOCAB, random_examples
@@ -116,3 +117,13 @@ def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
 def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, object]) -> None:
     sample = sampling.our_sampler(str(common["model"]), [[1, 2, 3], [4]], 5, "float32")
     assert sample() == 2 * 5
+
+
+def test_layers_that_keep_less_need_less_memory(common: dict[str, object]) -> None:
+    everything, inputs = (
+        memory.needed(memory.configure(Path(str(common["model"])), ROW, remat), VOCAB) for remat in ("none", "full")
+    )
+    model = make_model("llama", {**SIZES, "tied_head": True})
+    count = parameter_count(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    assert everything[0] == inputs[0] > 4 * 4 * count  # parameters, reference and two moments in fp32, and the batch
+    assert 0 < inputs[1] < everything[1]
