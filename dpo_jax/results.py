@@ -21,7 +21,7 @@ import numpy as np
 
 from dpo_jax import grid
 from dpo_jax.workdir import CONFIG_FILE, SUMMARY_FILE
-from dpo_jax.writers import METRICS_FILE, read_metrics
+from dpo_jax.writers import METRICS_FILE, read_metrics, split_lines
 
 HALVES = ("validation", "test")
 
@@ -177,7 +177,7 @@ def load(folder: Path, compared: str | None = None, tuned: Sequence[str] | None 
 
 
 def _read_samples(path: Path) -> Samples:
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in split_lines(path.read_text(encoding="utf-8"))]
     prompts, answers = (tuple(row[key] for row in rows) for key in ("prompt", "answer"))
     rewards, kl = (np.array([row.get(key, np.nan) for row in rows]) for key in ("reward", "log_ratio"))
     return Samples(prompts, answers, rewards, kl)

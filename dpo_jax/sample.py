@@ -25,6 +25,7 @@ from dpo_jax.sampling import make_sampler, row_keys
 from dpo_jax.sources import encoding_of, tokenizer_folder
 from dpo_jax.start import load_policy, make_start_model, start_params
 from dpo_jax.workdir import read_config
+from dpo_jax.writers import split_lines
 
 SIDES = ("policy", "reference")
 
@@ -207,7 +208,7 @@ def read_prompts(path: Path) -> list[str]:
       ValueError: a line without a prompt.
     """
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(split_lines(path.read_text(encoding="utf-8")), start=1):
         if not line.strip():
             continue
         if path.suffix != ".jsonl":

@@ -226,6 +226,12 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
     return [record for record, _ in _records(Path(path))]
 
 
+def split_lines(text: str) -> list[str]:
+    """Lines of a JSONL file: they end with a line feed alone, and their strings may hold other separators (U+0085,
+    U+2028), at which ``str.splitlines`` would cut them."""
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 def truncate_after(path: Path, step: int | None) -> int | None:
     """Cuts off the lines after a step, and a last line that was torn when the run was killed.
 

@@ -13,7 +13,15 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from dpo_jax.writers import METRICS_FILE, TENSORBOARD_DIR, TIMINGS_FILE, JsonlWriter, make_writer, read_metrics
+from dpo_jax.writers import (
+    METRICS_FILE,
+    TENSORBOARD_DIR,
+    TIMINGS_FILE,
+    JsonlWriter,
+    make_writer,
+    read_metrics,
+    split_lines,
+)
 
 
 def events(workdir: Path) -> list[Event]:
@@ -245,3 +253,10 @@ def test_close_twice(tmp_path):
     writer = make_writer(tmp_path)
     writer.close()
     writer.close()
+
+
+def test_lines_end_with_a_line_feed_alone():
+    rows = [{"answer": "one\u0085two\u2028three\x1c"}, {"answer": "four"}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    assert [json.loads(line) for line in split_lines(text)] == rows
+    assert split_lines("") == [] and split_lines("a\n\nb") == ["a", "", "b"]

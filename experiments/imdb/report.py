@@ -14,7 +14,7 @@ from absl import logging
 
 from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.prefer import EXAMPLES_FOLDER
-from dpo_jax.writers import read_metrics
+from dpo_jax.writers import read_metrics, split_lines
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by the colour-blind too (Okabe & Ito)
 FIGURE, TABLE, SAMPLES = "reward_kl.png", "report.md", "samples.md"
@@ -62,7 +62,7 @@ def _table(first: dict[str, float], last: dict[str, float]) -> str:
 
 def _samples(folder: Path, last: int, shown: int) -> str:
     before, after = (
-        [json.loads(line) for line in (folder / f"step_{step:06d}.jsonl").read_text(encoding="utf-8").splitlines()]
+        [json.loads(line) for line in split_lines((folder / f"step_{step:06d}.jsonl").read_text(encoding="utf-8"))]
         for step in (0, last)
     )
     blocks = []
