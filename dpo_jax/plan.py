@@ -31,7 +31,9 @@ from dpo_jax.trees import parameter_count
 from dpo_jax.types import CHOSEN, REJECTED, PreferenceBatch
 
 GIB = 2**30
-_USED = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+# What compilers say of a program that is too large: libtpu 0.0.52's words, which mean all of the step's memory, and older
+# ones.
+_NEEDED = re.compile(r"(?:memory required for HLO temporaries \(|used )([\d.]+)([KMGT]?)", re.IGNORECASE)
 SEARCHES = {"batch": "the largest batch", "topology": "the smallest pod"}
 
 
@@ -253,8 +255,7 @@ def _compile(step: Any, shapes: Any, chip: Chip) -> tuple[int, str | None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        found = _USED.search(str(error))
-        return (int(float(found[1]) * _unit(found[2])) if found else chip.memory + 1), ""
+        return needed_bytes(str(error)) or chip.memory + 1, ""
     needed = int(compiled.memory_analysis().peak_memory_in_bytes)
     try:
         return needed, compiled.as_text()
@@ -264,8 +265,10 @@ def _compile(step: Any, shapes: Any, chip: Chip) -> tuple[int, str | None]:
         return needed, None
 
 
-def _unit(letter: str) -> int:
-    return 1024 ** " KMGT".index(letter.upper() or " ")
+def needed_bytes(message: str) -> int | None:
+    """How much memory a program needs, from the compiler's refusal; None when it does not say."""
+    found = _NEEDED.search(message)
+    return int(float(found[1]) * 1024 ** " KMGT".index(found[2].upper() or " ")) if found else None
 
 
 class _Longest:

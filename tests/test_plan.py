@@ -174,6 +174,17 @@ def test_a_pod_that_does_not_exist_is_refused_with_those_that_do(topology: str, 
         parse(topology)
 
 
+def test_a_refusal_says_how_much_is_needed() -> None:
+    now = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.96G) exceeds available HBM (15.75G). HLO module: jit_guarded."
+    )
+    before = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 512.50M of 100.00M hbm."
+    assert plan.needed_bytes(now) == int(16.96 * 2**30)
+    assert plan.needed_bytes(before) == int(512.5 * 2**20)
+    assert plan.needed_bytes("RESOURCE_EXHAUSTED: no room") is None
+
+
 @pytest.mark.parametrize(
     ("held", "changes", "message"),
     [
@@ -287,4 +298,5 @@ def test_a_step_is_compiled_for_chips_that_are_not_here(tmp_path: Path) -> None:
     large = dataclasses.replace(config.model, context_length=4096, width=16384, mlp_width=65536, layers=8, heads=128)
     plan_of_large = plan.make_plan(dataclasses.replace(config, model=large), "v5e:2x2")
     assert not plan_of_large.memory.fits and "larger --topology" in plan.show(plan_of_large, config)
+    assert plan_of_large.memory.activations > 0, "the compiler's own figure is read"
     assert np.isfinite(plan_of_large.mfu)
