@@ -31,8 +31,7 @@ from dpo_jax.trees import parameter_count
 from dpo_jax.types import CHOSEN, REJECTED, PreferenceBatch
 
 GIB = 2**30
-# What compilers say of a program that is too large: libtpu 0.0.52's words, which mean all of the step's memory, and older
-# ones.
+# What compilers say of a program that is too large: libtpu 0.0.52, which means all of its memory, and older ones.
 _NEEDED = re.compile(r"(?:memory required for HLO temporaries \(|used )([\d.]+)([KMGT]?)", re.IGNORECASE)
 SEARCHES = {"batch": "the largest batch", "topology": "the smallest pod"}
 
