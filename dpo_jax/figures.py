@@ -124,4 +124,6 @@ def _panels(count: int, size: tuple[float, float], columns: int = 3) -> tuple[Fi
 
 def _legend(figure: Figure, ax: Any) -> None:
     handles, labels = ax.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, max(1, len(labels))), frameon=False)
+    entry = 0.8 + 0.09 * max(map(len, labels), default=0)  # inches: its line and blanks, and each letter
+    columns = max(1, min(6, len(labels), int(figure.get_figwidth() / entry)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)

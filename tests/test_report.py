@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpo_jax import report, results
+from dpo_jax import figures, report, results
 from dpo_jax.config import to_json
 from tests import tiny_run
 
@@ -101,6 +101,18 @@ def test_pictures_are_there(out: Path) -> None:
     for name in ("across", "frontier", "curves_0", "curves_1"):
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 300 and len(set(image.convert("L").getdata())) > 20
+
+
+def test_a_legend_is_no_wider_than_its_figure() -> None:
+    results = {"all": {f"a method with a long name, {i}": [] for i in range(5)}}
+    figure = figures.frontier(results, list(results["all"]), {})
+    for name in results["all"]:
+        figure.axes[0].plot([], [], label=name)
+    figure.legends.clear()
+    figures._legend(figure, figure.axes[0])
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
 
 
 def test_the_better_rate_is_chosen_and_its_reward_reported(sweep: Path, out: Path) -> None:
