@@ -22,7 +22,9 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workdir", type=Path, required=True, help="folder of a sweep")
-    parser.add_argument("--metrics", required=True, help="names of metrics.jsonl, with commas between")
+    parser.add_argument(
+        "--metrics", required=True, help="names of metrics.jsonl, with commas between; one - other is a difference"
+    )
     arguments = parser.parse_args(argv)
     with user_errors():
         print("\n".join(table(arguments.workdir, arguments.metrics.split(","))))
@@ -58,11 +60,15 @@ def table(workdir: Path, metrics: Sequence[str]) -> Iterator[str]:
 
 
 def ends(folder: Path, metric: str) -> tuple[float, float]:
-    """A metric at its first and at its last step.
+    """A metric, or ``one - other``, at its first and at its last step.
 
     Raises:
       ValueError: the run has none of that name; those that it has are listed.
     """
+    metric, _, other = metric.partition(" - ")
+    if other:
+        (first, last), (less_first, less_last) = ends(folder, metric), ends(folder, other)
+        return first - less_first, last - less_last
     rows = read_metrics(folder / METRICS_FILE)
     found = [row[metric] for row in rows if metric in row]
     if not found:

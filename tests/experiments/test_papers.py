@@ -34,6 +34,9 @@ def test_orpo_goes_through_to_its_table(tmp_path: Path) -> None:
     halves = [abs(values[0] - values[1]) / 2 for values in (first, last)]  # the standard error of two values
     cells = f"{first.mean():.3f} ± {halves[0]:.3f} → {last.mean():.3f} ± {halves[1]:.3f}"
     assert f"| sft | 2 | {cells} |" in lines
+    chosen = np.array(changes.ends(folders[0], "eval/logps/chosen_per_token"))
+    gap = changes.ends(folders[0], f"eval/logps/chosen_per_token - {metric}")
+    assert gap == tuple(chosen - changes.ends(folders[0], metric))
     with pytest.raises(ValueError, match="has no metric 'eval/los'; it has eval/"):
         list(changes.table(tmp_path / "sweep", ["eval/los"]))
 
