@@ -1,3 +1,3 @@
 """Direct Preference Optimization and its family, in JAX."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
