@@ -6,9 +6,6 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 RUN := $(VENV)/bin/python -m
 
-# Models are our own: transformers need not say that it found no PyTorch.
-export TRANSFORMERS_NO_ADVISORY_WARNINGS := 1
-
 # Packages come from .venv alone.
 unexport PYTHONPATH PYTHONHOME
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,6 +92,7 @@ def describe_devices(topology: str) -> Sequence[Any]:
     for name, value in {**settings, "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", math.inf)  # keep none: they cannot be read back
     try:
         # Small v5e and v6e slices have fewer chips than a host of a large one.
         single = {"chips_per_host_bounds": [1, 1, 1]} if topology.endswith(":1x1") else {}

@@ -107,7 +107,7 @@ def _summary(workdir: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     from absl import app, flags
 
-    from dpo_jax.main import user_errors
+    from dpo_jax.main import command
 
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("out", None, "the Hugging Face folder to write", required=True)
@@ -117,7 +117,7 @@ if __name__ == "__main__":
 
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
-        with user_errors():
+        with command():
             workdir, out = buckets.fetched(f.workdir), buckets.local(f.out, "--out")
             if f.adapter:
                 export_adapter(workdir, out, dtype=f.dtype)

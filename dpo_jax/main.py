@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import contextlib
 import logging as std_logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
 from ml_collections import config_flags
@@ -88,7 +90,7 @@ def launch(purpose: str, example: str, start: Callable[[], None], names: Sequenc
     def begin(argv: list[str]) -> None:
         if len(argv) > 1:
             raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
-        with user_errors():
+        with command():
             start()
 
     sys.modules["__main__"].__doc__ = f"{purpose}\n\n  {example}\n\n{_KEYS}"
@@ -120,8 +122,14 @@ def _refuse(message: str) -> None:
 
 
 @contextlib.contextmanager
-def user_errors() -> Iterator[None]:
-    """Logs in plain words, and ends on a user's mistake with its one message and exit code 1, without a stack trace."""
+def command() -> Iterator[None]:
+    """What every program does around its work.
+
+    It logs in plain words, keeps what is compiled for the next start, and ends on a user's mistake with its one message
+    and exit code 1, without a stack trace.
+    """
+    _keep_programs()
+    logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.addFilter(_ours)
     handler.setFormatter(std_logging.Formatter("%(message)s"))
@@ -131,6 +139,14 @@ def user_errors() -> Iterator[None]:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
+
+
+def _keep_programs() -> None:
+    """Has JAX keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
+    if jax.config.values["jax_compilation_cache_dir"] is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "dpo_jax" / "programs"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # many small ones take long together
 
 
 def _ours(record: std_logging.LogRecord) -> bool:

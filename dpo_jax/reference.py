@@ -1,7 +1,7 @@
 """The stored reference of a run: opens its store (dpo_jax/refstore.py), after scoring the answers that it lacks.
 
-All that a run's batches can hold is scored before its first step, each answer once. A run that is killed meanwhile
-leaves the store as it was.
+All that a run's batches hold is scored before its first step, each answer once. What has been scored is written every
+few minutes: a run that is killed meanwhile goes on from there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -35,6 +36,7 @@ from dpo_jax.types import Array, Params, TokenBatch
 Scored = tuple[Example, tuple[np.ndarray, ...]]
 
 _BUFFER = 4096  # examples that are packed into rows together
+_WRITE_EVERY = 300.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,9 @@ class Need:
 def need_of(batches: Pipeline, steps: int | None) -> Need:
     """What the batches of so many training steps hold, or those of an evaluation (None)."""
     known = batches.fingerprint()
-    # Which answers meet which prompts is a matter of the order; else the data are all that counts.
-    order = [known["pipeline"], steps] if batches.mismatched else None
+    # Which answers meet which prompts is a matter of the order, and so is what a part of an epoch reads; else the data
+    # are all that counts.
+    order = [known["pipeline"], steps] if batches.mismatched or batches.within_epoch(steps) else None
     return Need(hashlib.sha256(json.dumps([known["data"], order]).encode()).hexdigest(), lambda: batches.scored(steps))
 
 
@@ -115,7 +118,7 @@ def open_store(
             if jax.process_count() > 1:
                 raise ValueError(
                     f"{store_folder(root, identity)} lacks log-probabilities of this run, and only a single process "
-                    "can add them: run the same config once with one process, for a step, and start this run again"
+                    "can add them: run the same config once with one process, until its first step, and start this again"
                 )
             _add(root, identity, store, lacking, score)
             store = ReferenceStore(root, identity)
@@ -146,14 +149,29 @@ def _add(
         *(answers, tokens, examples, 0 if store is None else len(store), root),
     )
 
-    def shown(progress: Progress) -> Iterator[Scored]:
-        for example, logps in score(missing(store, needs)) if found else ():
+    def shown(items: Iterator[Example], progress: Progress) -> Iterator[Scored]:
+        for example, logps in score(items):
             yield example, logps
             progress.update(_size(example)[1])
 
     with Progress(tokens, "reference", unit="token") as progress:
-        covers = [need.fingerprint for need in needs]
-        write_store(root, identity, shown(progress), covers=covers, extends=store)
+        for portion in _portions(shown(missing(store, needs), progress)) if found else ():
+            write_store(root, identity, portion, extends=store)
+            store = ReferenceStore(root, identity)
+    write_store(root, identity, (), covers=[need.fingerprint for need in needs], extends=store)
+
+
+def _portions(items: Iterator[Scored]) -> Iterator[Iterator[Scored]]:
+    """Cuts items into iterators, each of which ends when a few minutes have passed; they are to be read in turn."""
+    for first in items:
+        yield _for_a_while(first, items)
+
+
+def _for_a_while(first: Scored, items: Iterator[Scored]) -> Iterator[Scored]:
+    begin = time.monotonic()
+    yield first
+    while time.monotonic() - begin < _WRITE_EVERY and (item := next(items, None)) is not None:
+        yield item
 
 
 def missing(store: ReferenceStore | None, needs: Sequence[Need]) -> Iterator[Example]:

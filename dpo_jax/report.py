@@ -354,7 +354,7 @@ def run(
 if __name__ == "__main__":
     from absl import app, flags
 
-    from dpo_jax.main import user_errors
+    from dpo_jax.main import command
 
     flags.DEFINE_string("workdir", None, "folder of the sweep", required=True)
     flags.DEFINE_string("out", None, "folder of the report; <workdir>/report by default")
@@ -365,7 +365,7 @@ if __name__ == "__main__":
 
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
-        with user_errors():
+        with command():
             workdir = buckets.local(f.workdir, "the workdir of a sweep")
             out = Path(f.out or workdir / "report")
             levels = [float(level) for level in f.kl]

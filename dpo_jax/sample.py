@@ -239,7 +239,7 @@ def main(workdir: str, prompts: Sequence[str], out: str, request: Request) -> No
 if __name__ == "__main__":
     from absl import app, flags
 
-    from dpo_jax.main import user_errors
+    from dpo_jax.main import command
 
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be given several times")
@@ -255,7 +255,7 @@ if __name__ == "__main__":
 
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
-        with user_errors():
+        with command():
             prompts = [*f.prompt, *(read_prompts(Path(f.prompts)) if f.prompts else [])]
             request = Request(f.completions, f.temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, f.rows)
             main(f.workdir, prompts, f.out or f"{f.workdir}/samples/compared.jsonl", request)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from dpo_jax import grid
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.workdir import SUMMARY_FILE
 from dpo_jax.writers import METRICS_FILE, read_metrics
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         "--metrics", required=True, help="names of metrics.jsonl, with commas between; one - other is a difference"
     )
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         print("\n".join(table(arguments.workdir, arguments.metrics.split(","))))
 
 

@@ -20,7 +20,7 @@ from dpo_jax import results
 from dpo_jax.data.example import Answer
 from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.evaluate import Completer
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.opened import shared_devices
 from dpo_jax.results import Result
 from dpo_jax.shared import Shared
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--judge", type=Path, required=True, help="workdir of a language model's run")
     parser.add_argument("--compare", help="axis of the methods; the first with several values by default")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         _, runs, missing = results.load(arguments.workdir, arguments.compare)
         print("\n".join(table(runs, open_judge(arguments.judge))))
         print(f"\n{len(runs)} runs, {len(missing)} not finished")

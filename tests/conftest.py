@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
@@ -15,6 +17,12 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     NO_GCE_CHECK="true",
     MPLBACKEND="Agg",
+    # Compiled programs are kept for the other processes of these tests.
+    JAX_COMPILATION_CACHE_DIR=(
+        os.environ["JAX_COMPILATION_CACHE_DIR"]
+        if "PYTEST_XDIST_WORKER" in os.environ
+        else tempfile.mkdtemp(prefix="dpo_jax_programs_")
+    ),
 )
 
 from collections.abc import Iterator
@@ -28,6 +36,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compiling takes as long as it takes, and a failure must show again on the next run.
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("tests")
+
+
+def pytest_unconfigure() -> None:
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from tests import tiny_run
 
 CONFIG = "--config=configs/imdb_dpo.py"
@@ -14,13 +16,13 @@ CONFIG = "--config=configs/imdb_dpo.py"
 
 @pytest.mark.parametrize("error", [ValueError("a loss"), OSError("a disk"), FloatingPointError("a number")])
 def test_a_mistake_ends_with_its_message_alone(error: Exception) -> None:
-    with pytest.raises(SystemExit) as exit_, user_errors():
+    with pytest.raises(SystemExit) as exit_, command():
         raise error
     assert exit_.value.code == f"error: {error}"  # Python prints a text to stderr, and exits with 1
 
 
 def test_a_mistake_of_ours_keeps_its_trace() -> None:
-    with pytest.raises(KeyError), user_errors():
+    with pytest.raises(KeyError), command():
         raise KeyError("ours")
 
 
@@ -58,3 +60,39 @@ def test_help_says_what_it_does_and_how(program: str) -> None:
     ):
         assert words in done.stdout, done.stdout + done.stderr
     assert ("--replay" in done.stdout) == (program == "dpo_jax.train")
+
+
+COUNTED = """
+import jax, jax.numpy as jnp
+from dpo_jax.main import command
+found = []
+jax.monitoring.register_event_listener(lambda event, **_: found.append(event))
+
+def many(x):  # takes long enough to compile to be worth keeping
+    for i in range(40):
+        x = jnp.sort(jnp.sin(x) @ jnp.cos(x) / (i + 1), axis=i % 2)
+    return x
+
+with command():
+    value = jax.jit(many)(jnp.eye(9)).sum()
+print(sum(event.endswith("compilation_cache/cache_hits") for event in found), value)
+"""
+
+
+def test_what_is_compiled_is_kept_for_the_next_start_and_damage_costs_time_alone(tmp_path: Path) -> None:
+    surroundings = {**tiny_run.environment(), "XDG_CACHE_HOME": str(tmp_path)}
+    del surroundings["JAX_COMPILATION_CACHE_DIR"]
+
+    def run() -> list[str]:
+        """[programs that were read instead of compiled, the result]"""
+        arguments = [sys.executable, "-c", COUNTED]
+        done = subprocess.run(arguments, env=surroundings, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout.split()
+
+    first = run()
+    programs = list((tmp_path / "dpo_jax" / "programs").glob("*-cache"))
+    assert first[0] == "0" and len(programs) == 1
+    assert run() == ["1", first[1]]
+    programs[0].write_bytes(programs[0].read_bytes()[:1000])  # as of a process that was killed while it wrote
+    assert run() == first

@@ -19,6 +19,7 @@ from dpo_jax.parallel import DataParallel
 from dpo_jax.refstore import IDENTITY, ReferenceStore, answer_key, identity_hash
 from dpo_jax.sources import open_dataset
 from dpo_jax.start import start_params
+from dpo_jax.types import UNUSED
 from tests import tiny_run
 from tests.test_train import never
 from tests.tiny import random_examples
@@ -107,7 +108,7 @@ def test_only_what_is_missing_is_scored_and_the_old_values_stay(tmp_path: Path) 
     assert len(first.scored) == len(set(first.scored)) == 24
     reference.open_store(tmp_path, ME, [reference.need_of(pipeline(EXAMPLES[:12]), 99)], again)
     assert again.scored == []
-    reference.open_store(tmp_path, ME, [reference.need_of(pipeline(), 3)], more)
+    reference.open_store(tmp_path, ME, [reference.need_of(pipeline(), 5)], more)
     assert len(more.scored) == 16 and not set(more.scored) & set(first.scored)
     store = reference.open_store(tmp_path, ME, [reference.need_of(pipeline(mismatched=True), 3)], kto)
     assert 0 < len(kto.scored) <= 3 * 4 * 2, "the mismatched answers of three steps"
@@ -117,8 +118,29 @@ def test_only_what_is_missing_is_scored_and_the_old_values_stay(tmp_path: Path) 
             np.testing.assert_array_equal(got, value_of(example, answer))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_of_less_than_an_epoch_has_scored_what_it_reads_and_no_more(layout: str, tmp_path: Path) -> None:
+    batches, longer, first, second = pipeline(EXAMPLES, layout), pipeline(EXAMPLES, layout), Score(), Score()
+    store = reference.open_store(tmp_path, ME, [reference.need_of(batches, 1)], first)
+    batches.attach = store.attach
+    rows = batches.batch(0).answers
+    assert len(first.scored) == (rows.role_RS != UNUSED).sum() < 40
+    reference.open_store(tmp_path, ME, [reference.need_of(longer, longer.steps(1.0))], second)
+    assert len(second.scored) + len(first.scored) == 40
+
+
+def test_what_was_written_before_a_kill_is_not_scored_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_WRITE_EVERY", 0.0)
+    need, rest = reference.need_of(pipeline(), 5), Score()
+    with pytest.raises(KeyboardInterrupt):
+        reference.open_store(tmp_path, ME, [need], Score(most=6))
+    assert len(ReferenceStore(tmp_path, ME)) == 6 and not ReferenceStore(tmp_path, ME).covers
+    store = reference.open_store(tmp_path, ME, [need], rest)
+    assert len(rest.scored) == 34 and len(store) == 40 and need.fingerprint in store.covers
+
+
 def test_a_pass_that_is_killed_leaves_the_store_as_it_was(tmp_path: Path) -> None:
-    small, whole = (reference.need_of(pipeline(s), 3) for s in (EXAMPLES[:5], EXAMPLES))
+    small, whole = (reference.need_of(pipeline(s), 5) for s in (EXAMPLES[:5], EXAMPLES))
     with pytest.raises(KeyboardInterrupt):
         reference.open_store(tmp_path, ME, [small], Score(most=4))
     with pytest.raises(FileNotFoundError):
@@ -132,7 +154,7 @@ def test_a_pass_that_is_killed_leaves_the_store_as_it_was(tmp_path: Path) -> Non
 
 def test_a_store_that_is_replaced_can_still_be_read(tmp_path: Path) -> None:
     """Another run may extend the store that this one reads."""
-    small, whole = (reference.need_of(pipeline(s), 3) for s in (EXAMPLES[:5], EXAMPLES))
+    small, whole = (reference.need_of(pipeline(s), 5) for s in (EXAMPLES[:5], EXAMPLES))
     old = reference.open_store(tmp_path, ME, [small], Score())
     reference.open_store(tmp_path, ME, [whole], Score())
     for example in EXAMPLES[:5]:
@@ -140,7 +162,7 @@ def test_a_store_that_is_replaced_can_still_be_read(tmp_path: Path) -> None:
 
 
 def test_several_processes_only_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    need = reference.need_of(pipeline(), 3)
+    need = reference.need_of(pipeline(), 5)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(ValueError, match="run the same config once with one process"):
         reference.open_store(tmp_path, ME, [need], Score())

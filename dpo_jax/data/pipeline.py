@@ -145,8 +145,12 @@ class Pipeline:
         for rows in self._order.in_order():
             yield self._lay_out(rows)
 
+    def within_epoch(self, steps: int | None) -> bool:
+        """Whether so many training steps are less than a pass over the source; an evaluation (None) is a pass."""
+        return steps is not None and steps < self._order.steps_per_epoch
+
     def scored(self, steps: int | None = None) -> Iterator[Example]:
-        """The source's examples, and the mismatched ones (other examples' answers) of so many steps.
+        """The examples of the batches, and the mismatched ones (other examples' answers).
 
         Args:
           steps: of a training run, from its first; None takes the batches of an evaluation.
@@ -154,10 +158,15 @@ class Pipeline:
         Yields:
           Everything whose answers the batches hold; some of it more than once.
         """
-        yield from (self.source[i] for i in range(len(self.source)))
-        if self.mismatched:
-            for rows in self._order.in_order() if steps is None else map(self._order.rows, range(steps)):
-                yield from mismatch([e for row in rows for e in self._read(row)])
+        if not self.within_epoch(steps):
+            yield from (self.source[i] for i in range(len(self.source)))
+            if not self.mismatched:
+                return
+        for rows in self._order.in_order() if steps is None else map(self._order.rows, range(steps)):
+            examples = [e for row in rows for e in self._read(row)]
+            yield from examples
+            if self.mismatched:
+                yield from mismatch(examples)
 
     def steps(self, epochs: float) -> int:
         """Steps of so many passes over the source; at least 1."""

@@ -24,7 +24,7 @@ from dpo_jax import flops, grid, results
 from dpo_jax.build import fresh_state, guarded, guarded_step
 from dpo_jax.config import Config, from_dict
 from dpo_jax.figures import KL_LABEL, style
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.opened import OpenedRun
 from dpo_jax.page import COLORS
 from dpo_jax.results import Result
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of experiments.betas.run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         write(arguments.workdir, arguments.out)
 
 

@@ -20,7 +20,7 @@ from dpo_jax import grid, report, sources, sweep, workdir
 from dpo_jax.data.tokenizer import decode
 from dpo_jax.evaluate import Completer
 from dpo_jax.grid import RUNS_FOLDER, Axes, Run
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.opened import OpenedRun, unique_prompts
 from dpo_jax.shared import Shared
 from experiments.betas.sweep import RLHF, get_axes, get_config, get_rlhf_axes
@@ -41,7 +41,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def start(_: list[str]) -> None:
-        with user_errors():
+        with command():
             base, axes = get_config(arguments.size), (get_axes(arguments.size), get_rlhf_axes(arguments.size))
             if arguments.steps is not None:
                 base.train.update(epochs=None, steps=arguments.steps)

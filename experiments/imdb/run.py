@@ -18,7 +18,7 @@ from absl import app, logging
 
 from dpo_jax import prefer, sources, train
 from dpo_jax.config import Config, from_config_dict
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.progress import duration, stage
 from dpo_jax.shared import Shared
 from experiments.imdb import report
@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     def start(_: list[str]) -> None:
-        with user_errors():
+        with command():
             run(arguments.workdir, arguments.configs, arguments.seed)
 
     app.run(start, argv=sys.argv[:1])

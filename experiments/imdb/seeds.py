@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from experiments.imdb import report
 
 
@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("workdirs", nargs="+", type=Path, help="folders of finished experiments")
     parser.add_argument("--out", type=Path, required=True, help="where the table and the picture go")
     arguments = parser.parse_args()
-    with user_errors():
+    with command():
         write(arguments.workdirs, arguments.out)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from dpo_jax.data.example import Example
 from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.data.prepared_writer import write_examples
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.types import CHOSEN
 from experiments.imdb.sweeps import PAIRS
 
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--source", type=Path, default=Path("runs/imdb"), help="workdir of experiments.imdb.run")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         write(arguments.source / PAIRS, arguments.source / "length_biased")
 
 

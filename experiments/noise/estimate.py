@@ -22,7 +22,7 @@ from dpo_jax.data.noise import Flipped
 from dpo_jax.data.prepared import PreparedExamples
 from dpo_jax.data.records import Record, Reply
 from dpo_jax.data.tokenizer import decode, load_tokenizer
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.page import COLORS, png_of
 from dpo_jax.progress import track
 from dpo_jax.sources import tokenizer_folder
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--source", type=Path, default=Path("runs/imdb"), help="workdir of experiments.imdb.run")
     parser.add_argument("--out", type=Path, required=True, help="folder of the results; made when new")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         folder = arguments.source
         tokenizer = load_tokenizer(tokenizer_folder(read_config(folder / "dpo").data))
         pairs = PreparedExamples(folder / PAIRS, "train")

@@ -16,11 +16,11 @@ BETAS = {"full": [0.01, 0.05, 0.1, 0.5], "small": [0.05, 0.5], "quick": [0.05]}
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    config = get_base(size, every=24)
+    config = get_base(size, every=44 if size == "small" else 24)
     config.optim.learning_rate = RATE[size]
     config.optim.schedule = "constant"  # a decay would hide how far a longer run goes
-    if size == "full":
-        config.train.epochs = 2.0
+    if size != "quick":
+        config.train.update(epochs=2.0, steps=None)
     return config
 
 

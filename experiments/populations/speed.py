@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import imdb_dpo
 from dpo_jax import grid, sweep
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.shared import Shared
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=64, help="of the model, 2 layers")
     parser.add_argument("--batch", type=int, default=8, help="pairs in a batch")
     arguments = parser.parse_args()
-    with user_errors(), tempfile.TemporaryDirectory() as folder:
+    with command(), tempfile.TemporaryDirectory() as folder:
         base = _config(arguments.imdb, arguments.steps, arguments.width, arguments.batch)
         runs = grid.expand(base, {"loss.beta": [0.05 * (i + 1) for i in range(arguments.members)]})
         seconds = _measure(runs, Path(folder))

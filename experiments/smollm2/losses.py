@@ -1,4 +1,4 @@
-"""DPO, IPO and KTO on a real model: 200 steps of SmolLM2-135M-Instruct on the same pairs, two or three a step.
+"""DPO, IPO and KTO on a real model: 200 steps of SmolLM2-135M-Instruct on the same pairs, one or two a step.
 
 python -m dpo_jax.sweep --config=experiments/smollm2/losses.py --workdir=runs/smollm2/losses --config.data.path=X
 python -m experiments.smollm2.perplexity --workdir=runs/smollm2/losses
@@ -11,14 +11,14 @@ from experiments.smollm2 import config as smollm2
 
 def get_config() -> ConfigDict:
     config = smollm2.get_config()
-    # Two or three short pairs side by side in a row.
-    config.data.update(prompt_length=96, answer_length=64, layout="packed", row_length=256, batch_size=1)
+    # One row a step: a pair as long as can be, or two shorter ones.
+    config.data.update(prompt_length=48, answer_length=40, layout="packed", row_length=128, batch_size=1)
     config.data.on_error = "skip"
     config.model.remat = "none"
     config.reference.store = "runs/smollm2/references"
     config.optim.update(learning_rate=1e-5, warmup_steps=20)
     config.train.update(epochs=None, steps=200, micro_batches=1, log_every=10)
-    config.eval.update(every=100, examples=100)
+    config.eval.update(every=100, examples=80)
     config.checkpoint.update(every=100, keep=1)
     return config
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from dpo_jax import grid
 from dpo_jax.data.imdb import load_reviews
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.progress import track
 from dpo_jax.workdir import SUMMARY_FILE
 from experiments.changes import ends
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--workdir", type=Path, required=True, help="folder of a sweep over one Hugging Face model")
     parser.add_argument("--reviews", type=int, default=100, help="how many are read, up to 256 tokens of each")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         texts = [review.text for review in load_reviews("eval", "runs/imdb/data")[: arguments.reviews]]
         print("\n".join(table(arguments.workdir, texts)))
 

@@ -14,7 +14,7 @@ import jax
 from dpo_jax.build import build, guarded, guarded_step, make_parallel, state_shapes
 from dpo_jax.config import Config, from_config_dict
 from dpo_jax.data.tokenizer import open_tokenizer
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.models.config import REMAT
 from dpo_jax.plan import GIB, longest_batch
 from dpo_jax.progress import track
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder; its weights are not read")
     parser.add_argument("--positions", type=int, default=768, help="of the one row of a step, filled by a pair")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         print("\n".join(table(arguments.model, arguments.positions)))
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from dpo_jax import plan
 from dpo_jax.config import Config, from_config_dict
-from dpo_jax.main import user_errors
+from dpo_jax.main import command
 from dpo_jax.progress import track
 from dpo_jax.workdir import write_atomically
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the plans; made when new")
     parser.add_argument("--only", help=f"names of configs in {CONFIGS}, with commas between; all by default")
     arguments = parser.parse_args(argv)
-    with user_errors():
+    with command():
         known = names()
         chosen = arguments.only.split(",") if arguments.only else known
         unknown = sorted(set(chosen) - set(known))
