@@ -118,7 +118,7 @@ def open_store(
             if jax.process_count() > 1:
                 raise ValueError(
                     f"{store_folder(root, identity)} lacks log-probabilities of this run, and only a single process "
-                    "can add them: run the same config once with one process, until its first step, and start this again"
+                    "can add them: run the same config once with one process, until its first step, then start again"
                 )
             _add(root, identity, store, lacking, score)
             store = ReferenceStore(root, identity)
