@@ -20,6 +20,7 @@ from dpo_jax.data.pipeline import source_fingerprint
 from dpo_jax.evaluate import Completer, Evaluator, HeldOutLoss, SampledAnswers
 from dpo_jax.gradients import make_eval_step
 from dpo_jax.hashing import hash_tree
+from dpo_jax.models import rolled
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.rewards import Reward
 from dpo_jax.shared import Shared, program_key
@@ -142,7 +143,7 @@ class OpenedRun:
     def _make_eval_step(self) -> Callable[..., Any]:
         parts, chunk = self.parts, self.config.train.head_chunk
         return self.parallel.eval_step(
-            make_eval_step(parts.model, parts.objective, self.data.answers, chunk, self.parallel.axis)
+            make_eval_step(rolled(parts.model), parts.objective, self.data.answers, chunk, self.parallel.axis)
         )
 
     def _sampled_answers(self) -> SampledAnswers:
@@ -187,7 +188,7 @@ def shared_completer(
     return shared.get(
         ("completer", model, sources.tokenizer_folder(data), lengths, rows, chunk, config.parallel),
         lambda: Completer(
-            model,
+            rolled(model),
             tokenizer,
             parallel,
             prompt_length=data.prompt_length,

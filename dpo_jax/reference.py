@@ -28,6 +28,7 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows, split_targets
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.logprobs import target_scores
+from dpo_jax.models import rolled
 from dpo_jax.parallel import Parallel
 from dpo_jax.progress import Progress, stage
 from dpo_jax.refstore import ReferenceStore, answer_key, locked, store_folder, write_store
@@ -207,7 +208,7 @@ class ReferencePass:
         self._rows = config.data.batch_size // config.train.micro_batches
         self._shape = replace(parts.shape, with_prompt=False, with_reference=False)
 
-        model = lora.with_adapter(parts.model, None)
+        model = rolled(lora.with_adapter(parts.model, None))
         branches = 1 if self._layout == "concatenated" else parts.shape.answers
 
         def logps(params: Params, batch: TokenBatch) -> Array:

@@ -20,6 +20,7 @@ import numpy as np
 from dpo_jax import buckets
 from dpo_jax.data.encode import Encoder
 from dpo_jax.data.tokenizer import decode, open_tokenizer
+from dpo_jax.models import rolled
 from dpo_jax.parallel import DataParallel
 from dpo_jax.sampling import make_sampler, row_keys
 from dpo_jax.sources import encoding_of, tokenizer_folder
@@ -106,7 +107,7 @@ def sample_run(workdir: Path, prompts: Sequence[str], request: Request) -> Resul
     parallel = DataParallel(jax.local_devices()[:1])
     room = request.max_new_tokens or config.data.answer_length
     sampler = make_sampler(
-        model, max_new_tokens=room, eos=tokenizer.eos_token_id, top_k=request.top_k, top_p=request.top_p
+        rolled(model), max_new_tokens=room, eos=tokenizer.eos_token_id, top_k=request.top_k, top_p=request.top_p
     )
     draw = parallel.row_function(sampler, "sample")
     found: list[Completion] = []

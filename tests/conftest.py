@@ -8,8 +8,8 @@ import tempfile
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Eight devices, so that programs for several devices run anywhere.
-    XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    # Eight devices, so that programs for several devices run anywhere; what is compiled here runs once or twice.
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
     # Threads of XLA's pool: with one for each of a few cores, collectives of eight devices can wait for ever.
     NPROC="32",
     # Nothing is fetched: tests use what the repository and its packages hold.

@@ -158,7 +158,7 @@ def _start_two(config: Path, workdir: Path) -> list[subprocess.Popen[str]]:
 
 def _start(command: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     # Four devices each; with few threads, collectives of many devices can wait for ever.
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "NPROC": "32"}
+    devices = {"XLA_FLAGS": f"{tiny_run.COMPILED} --xla_force_host_platform_device_count=4", "NPROC": "32"}
     environment = {**os.environ, **tiny_run.environment(), **devices}
     return subprocess.Popen(
         command, cwd=tiny_run.ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True

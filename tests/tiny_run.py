@@ -26,6 +26,10 @@ VOCAB = 270  # the bytes, the special tokens and a few merges
 BATCH, EXAMPLES = 4, 26  # an epoch of 6.5 steps: epochs end in the middle of a batch
 
 
+# How programs are compiled that tests start: as those of the tests themselves (conftest.py).
+COMPILED = "--xla_backend_optimization_level=0"
+
+
 def write_data(folder: Path, *, answers: int = 2, seed: int = 0, longest: int = 8, name: str = "examples") -> Path:
     """Writes a data folder: tokenizer, judge and prepared examples; returns that of the examples."""
     tokenizer = folder / f"tokenizer-{VOCAB}"
@@ -84,7 +88,7 @@ def results(workdir: Path) -> dict[str, bytes]:
 
 def environment() -> dict[str, str]:
     """Of programs that tests start: one device."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILED}
 
 
 def command(*arguments: str, program: str = "dpo_jax.train") -> list[str]:

@@ -6,6 +6,7 @@ and ``empty_cache(rows, slots)``; parameters are a plain nested dict.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -49,6 +50,11 @@ def make_model(family: str, sizes: Mapping[str, Any]) -> nn.Module:
         raise ValueError(f"unknown model family {family!r}; known: {', '.join(FAMILIES)}")
     module, config = FAMILIES[family]
     return module(config(**sizes))
+
+
+def rolled(model: nn.Module) -> nn.Module:
+    """The same model for programs without a backward pass, where a loop over layers is as fast and quick to compile."""
+    return model.clone(config=dataclasses.replace(model.config, unroll=1))
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Params:
