@@ -128,13 +128,13 @@ def command() -> Iterator[None]:
     It logs in plain words, keeps what is compiled for the next start, and ends on a user's mistake with its one message
     and exit code 1, without a stack trace.
     """
-    _keep_programs()
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
     handler.addFilter(_ours)
     handler.setFormatter(std_logging.Formatter("%(message)s"))
     logging.set_verbosity(logging.INFO)
     tfds.disable_progress_bar()  # its bars would tear those of dpo_jax.progress
+    _keep_programs()
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
@@ -144,8 +144,13 @@ def command() -> Iterator[None]:
 def _keep_programs() -> None:
     """Has JAX keep compiled programs in the user's cache folder, unless JAX_COMPILATION_CACHE_DIR names another."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "dpo_jax" / "programs"))
+        try:
+            folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpo_jax" / "programs"
+            folder.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # no home, or none that can be written
+            logging.warning("compiled programs are not kept: %s", error)
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)  # many small ones take long together
 
 

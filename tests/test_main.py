@@ -96,3 +96,5 @@ def test_what_is_compiled_is_kept_for_the_next_start_and_damage_costs_time_alone
     assert run() == ["1", first[1]]
     programs[0].write_bytes(programs[0].read_bytes()[:1000])  # as of a process that was killed while it wrote
     assert run() == first
+    surroundings["XDG_CACHE_HOME"] = str(programs[0])  # where no folder can be made
+    assert run() == first

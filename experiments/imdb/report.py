@@ -19,10 +19,11 @@ from dpo_jax.writers import read_metrics, split_lines
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # told apart by the colour-blind too (Okabe & Ito)
 FIGURE, TABLE, SAMPLES = "reward_kl.png", "report.md", "samples.md"
 
+ACCURACY = "eval/rewards/accuracies"
 ROWS = {
     "samples/reward": ("reward of samples, P(positive)", "{:.3f}"),
     "samples/kl": ("KL(policy ‖ reference), nats a sequence", "{:.2f}"),
-    "eval/rewards/accuracies": ("implicit-reward accuracy on held-out pairs", "{:.3f}"),
+    ACCURACY: ("implicit-reward accuracy on held-out pairs", "{:.3f}"),
     "eval/rewards/margins": ("implicit-reward margin, β · nats", "{:.3f}"),
     "samples/length": ("length of answers, tokens", "{:.1f}"),
     "samples/eos_share": ("share of answers that end with EOS", "{:.3f}"),
@@ -55,6 +56,8 @@ def _table(first: dict[str, float], last: dict[str, float]) -> str:
     lines = ["| | reference | policy |", "|---|---|---|"]
     for name, (title, form) in ROWS.items():
         before, after = (form.format(row[name]) for row in (first, last))
+        if name == ACCURACY:
+            before = "–"  # its own implicit rewards are all 0: every pair is a tie
         error = f" ± {form.format(last[name + '_se'])}" if f"{name}_se" in last else ""
         lines.append(f"| {title} | {before} | {after}{error} |")
     return "\n".join(lines) + "\n\n± is one standard error over the sampled prompts.\n"

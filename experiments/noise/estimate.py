@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from dpo_jax.data.checks.case import Case
@@ -65,9 +67,11 @@ def estimates(pairs: PreparedExamples, tokenizer: object, points: Iterator) -> I
     Yields:
       share and seed; estimate, and the accuracy of the reader of words that it comes from.
     """
+    # The same answers come in each estimate, with other labels.
+    text = functools.cache(lambda tokens: decode(tokenizer, np.frombuffer(tokens, np.int32)))
     for share, seed in points:
         source = Flipped(pairs, share, seed, "clean")
-        cases = [_case(tokenizer, source[i]) for i in range(len(source))]
+        cases = [_case(text, source[i]) for i in range(len(source))]
         found = label_noise(cases)[0].numbers
         yield {"share": share, "seed": seed} | {k: round(found[k], 4) for k in ("noise", "accuracy")}
 
@@ -91,9 +95,9 @@ def draw(rows: Sequence[dict[str, float]]) -> Figure:
     return figure
 
 
-def _case(tokenizer: object, example: Example) -> Case:
-    replies = tuple(Reply(decode(tokenizer, answer.tokens), answer.role) for answer in example.answers)
-    return Case(str(example.uid), Record(decode(tokenizer, example.prompt), replies))
+def _case(text: Callable[[bytes], str], example: Example) -> Case:
+    replies = tuple(Reply(text(answer.tokens.tobytes()), answer.role) for answer in example.answers)
+    return Case(str(example.uid), Record(text(example.prompt.tobytes()), replies))
 
 
 if __name__ == "__main__":
