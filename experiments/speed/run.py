@@ -197,11 +197,12 @@ def make_small(folder: Path, tokenizer_folder: str) -> None:
 
 def trl_environment(folder: Path) -> str:
     """A virtual environment with TRL; returns its interpreter."""
-    python = folder / "bin" / "python"
-    if not python.exists():
+    python, whole = folder / "bin" / "python", folder / ".installed"
+    if not whole.exists():
         logging.info("Installing %s into %s", ", ".join(TRL), folder)
         venv.create(folder, with_pip=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", *TRL], check=True)
+        whole.touch()
     return str(python)
 
 
