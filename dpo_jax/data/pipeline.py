@@ -158,10 +158,9 @@ class Pipeline:
         Yields:
           Everything whose answers the batches hold; some of it more than once.
         """
-        if not self.within_epoch(steps):
+        if not (self.mismatched or self.within_epoch(steps)):
             yield from (self.source[i] for i in range(len(self.source)))
-            if not self.mismatched:
-                return
+            return
         for rows in self._order.in_order() if steps is None else map(self._order.rows, range(steps)):
             examples = [e for row in rows for e in self._read(row)]
             yield from examples
