@@ -9,10 +9,6 @@ RUN := $(VENV)/bin/python -m
 # Packages come from .venv alone.
 unexport PYTHONPATH PYTHONHOME
 
-# glibc reads these when a process starts. They keep the large buffers of a training step mapped between steps; otherwise
-# every step pays for the page faults again. Other C libraries ignore them.
-MALLOC := MALLOC_ARENA_MAX=1 MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=10000000000 MALLOC_TOP_PAD_=268435456
-
 .PHONY: help demo test lint format lock clean
 .DEFAULT_GOAL := help
 
@@ -27,7 +23,7 @@ help:
 	@echo 'ARGS="…" is passed on: make demo ARGS="--config.seed=1". PYTHON=python3.12 chooses the interpreter of a new .venv.'
 
 demo: $(STAMP)
-	$(MALLOC) $(RUN) experiments.imdb.run --workdir=runs/imdb $(ARGS)
+	$(RUN) experiments.imdb.run --workdir=runs/imdb $(ARGS)
 
 test: $(STAMP)
 	$(RUN) pytest --numprocesses=2 --dist=loadfile $(ARGS)

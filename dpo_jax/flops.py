@@ -16,6 +16,7 @@ from jax.interpreters import partial_eval
 from dpo_jax import lora
 from dpo_jax.logprobs import sight
 from dpo_jax.models.config import ATTENDED, REMAT, DecoderConfig
+from dpo_jax.models.flash import block_count
 from dpo_jax.models.splash import Sight, visited_pairs
 from dpo_jax.trees import named_leaves
 from dpo_jax.types import Params, PreferenceBatch, TokenBatch
@@ -172,7 +173,9 @@ def _body(model: nn.Module, params: Params, batch: TokenBatch, branches: int, fo
         return out, pull_back(jnp.ones_like(out))
 
     split = (adapters, base, row) if adapters else (base, {}, row)
-    dense = rows * (_needed_flops(both, *split) + forwards * _needed_flops(hidden, *split))
+    blocks = block_count(length)
+    trips = blocks * (blocks + 1) // 2  # as many pairs of blocks as rows of one sequence visit, each beside others
+    dense = rows * (_needed_flops(trips, both, *split) + forwards * _needed_flops(trips, hidden, *split))
     if not isinstance(jax.eval_shape(lambda r: sight(model, r, branches), row), Sight):
         return dense
     c = model.config
@@ -191,11 +194,11 @@ def _head(config: DecoderConfig, batch: TokenBatch, forwards: int, frozen: bool)
     return 2.0 * passes * batch.tokens_RL.shape[0] * columns * config.vocab_size * config.width
 
 
-def _needed_flops(fn: Any, *args: Any) -> int:
+def _needed_flops(trips: int, fn: Any, *args: Any) -> int:
     closed = jax.make_jaxpr(fn)(*args)
     # What is computed again and read by nobody is left out, as compilers do.
     jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-    return dot_flops(jaxpr)
+    return dot_flops(jaxpr, trips)
 
 
 def _windows(config: DecoderConfig) -> list[int]:

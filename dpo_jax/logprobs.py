@@ -181,12 +181,12 @@ def _score_backward(size: int, cap: float | None, saved: tuple, cotangent: Token
         error_RCV = (weight_RC[:, :, None] * wide_RCV * slope).astype(head.dtype)
         dhidden_RCD = jnp.einsum("rcv,vd->rcd", error_RCV, head, preferred_element_type=jnp.float32)
         dhidden_RMD = _with_columns(out[0], dhidden_RCD, i, size)
-        dhead_DV = outer_sum(*(a.reshape(-1, a.shape[-1]) for a in (hidden_RCD, error_RCV)))
-        return dhidden_RMD, constrain(out[1] + dhead_DV, None, "vocab")
+        dhead_VD = outer_sum(*(a.reshape(-1, a.shape[-1]) for a in (error_RCV, hidden_RCD)))
+        return dhidden_RMD, constrain(out[1] + dhead_VD, "vocab", None)
 
-    zeros = jnp.zeros(hidden_RMD.shape, jnp.float32), jnp.zeros(head.shape[::-1], jnp.float32)
-    dhidden_RMD, dhead_DV = jax.lax.fori_loop(0, count, body, zeros)
-    return dhidden_RMD.astype(hidden_RMD.dtype), dhead_DV.T.astype(head_VD.dtype), None, None
+    zeros = jnp.zeros(hidden_RMD.shape, jnp.float32), jnp.zeros(head.shape, jnp.float32)
+    dhidden_RMD, dhead_VD = jax.lax.fori_loop(0, count, body, zeros)
+    return dhidden_RMD.astype(hidden_RMD.dtype), dhead_VD.astype(head_VD.dtype), None, None
 
 
 _score_chunks.defvjp(_score_forward, _score_backward)

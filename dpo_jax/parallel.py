@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import jax_utils
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.allocator import keep_freed_pages
 from dpo_jax.sharding import AXES, ROWS, Names, Placement
-from dpo_jax.state import Axis
+from dpo_jax.state import ALONE, Axis
+
+_AXIS = "batch"
 
 
 class DataParallel:
@@ -31,8 +33,9 @@ class DataParallel:
 
     def __init__(self, devices: Sequence[jax.Device] | None = None) -> None:
         self.devices = list(devices) if devices is not None else jax.devices()
-        self.axis = Axis("batch")
+        _prepare(self.devices)
         self.parts = len(self.devices)
+        self.axis = Axis(_AXIS) if self.parts > 1 else ALONE  # a sum over one device would be a copy
         self.traces: collections.Counter[str] = collections.Counter()
         own = {d.process_index for d in self.devices}
         self.process = (sorted(own).index(jax.process_index()), len(own)) if jax.process_index() in own else (0, 1)
@@ -62,7 +65,7 @@ class DataParallel:
 
     def replicate(self, tree: Any) -> Any:
         """Copies on every device."""
-        return jax_utils.replicate(tree, self._local, self.axis.name)
+        return _on_each(tree, self._local, _AXIS)
 
     def unreplicate(self, tree: Any) -> Any:
         """One copy, on the host."""
@@ -103,7 +106,7 @@ class DataParallel:
 
     def _pmap(self, fn: Callable[..., Any], name: str, donate_argnums: Any = ()) -> Callable[..., Any]:
         counted = _counted(fn, name, self.traces)
-        return jax.pmap(counted, axis_name=self.axis.name, devices=self.devices, donate_argnums=donate_argnums)
+        return jax.pmap(counted, axis_name=_AXIS, devices=self.devices, donate_argnums=donate_argnums)
 
 
 def run_compiled(fn: Callable[..., Any], *args: Any) -> Any:
@@ -154,7 +157,7 @@ class Population:
 
     def replicate(self, tree: Any) -> Any:
         """What all members read, on every device."""
-        return jax_utils.replicate(tree, self.devices, self.AXIS)
+        return _on_each(tree, self.devices, self.AXIS)
 
     def batches(self, batches: Sequence[Any], micro_batches: int) -> Any:
         """Rows [R, …] of the batch that all read → [micro-batches, R', …]; of each member's: [devices, seats, …]."""
@@ -194,6 +197,7 @@ class MeshParallel:
 
     def __init__(self, devices: Sequence[jax.Device], shape: Mapping[str, int], axes: Mapping[str, Names]) -> None:
         self.devices = list(devices)
+        _prepare(self.devices)
         # On TPUs, neighbours in the mesh are neighbours in the torus.
         sizes = [shape[name] for name in AXES]
         grid = mesh_utils.create_device_mesh(sizes, self.devices, allow_split_physical_axes=True)
@@ -331,6 +335,23 @@ def _own_rows(mapped: jax.Array) -> np.ndarray:
     """What this process's devices have computed, joined in their order."""
     shards = sorted(mapped.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data)[0] for shard in shards])
+
+
+def _prepare(devices: Sequence[jax.Device]) -> None:
+    if devices[0].platform == "cpu":
+        keep_freed_pages()
+
+
+def _on_each(tree: Any, devices: Sequence[jax.Device], axis: str) -> Any:
+    """Copies on every device, [devices, …], laid out as programs over ``axis`` leave their results."""
+    sharding = NamedSharding(Mesh(np.array(devices), (axis,)), PartitionSpec(axis))
+
+    def place(array: Any) -> jax.Array:
+        library = jnp if isinstance(array, jax.Array) else np
+        copies = library.broadcast_to(array, (len(devices), *np.shape(array)))
+        return jax.device_put(copies, sharding, may_alias=False)  # steps write to what they are given
+
+    return jax.tree.map(place, tree)
 
 
 def copied(tree: Any) -> Any:

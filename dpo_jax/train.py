@@ -180,16 +180,16 @@ class Trainer(OpenedRun):
                     self.attach_reference()
                     if seat.shows:
                         self._announce(state, start)
-                    yield from self._loop(state, log, checkpoints, seat)
+                    carry = seat.place(guarded(state, log.skipped))
+                    del state  # what lies on the devices is enough
+                    yield from self._loop(carry, start, log, checkpoints, seat)
             return log.latest
 
     def _loop(
-        self, state: TrainState, log: Logbook, checkpoints: Checkpoints, seat: Seat
+        self, carry: Any, start: int, log: Logbook, checkpoints: Checkpoints, seat: Seat
     ) -> Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], None]:
-        start = int(state.step)
         evaluators = self.evaluators()
         hyper = self.parallel.replicate(self.parts.hyper)
-        carry = seat.place(guarded(state, log.skipped))
         if start == 0:
             self._evaluate(evaluators, log, carry, hyper, 0)
         batches = seat.batches(self.pipeline, start)

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jax.ad_checkpoint import checkpoint_name
 
-from dpo_jax.models.config import ATTENDED, REMAT, DecoderConfig
+from dpo_jax.models.config import REMAT, DecoderConfig
+from dpo_jax.models.flash import flash
 from dpo_jax.models.layers import Cache, Dense, attend, cached_mask, extend
 from dpo_jax.models.rope import rotate
 from dpo_jax.models.splash import Sight, splash
@@ -211,17 +211,18 @@ def attend_and_keep(
       (what the heads saw side by side [R, Q, H·E], these tokens' part of the cache).
     """
     q, k = context.turn(q, layer), context.turn(k, layer)
-    scale, cap = config.score_scale, config.attention_cap
-    if isinstance(context.sight, Sight):
-        out = _attend_by_kernel(config, q, k, v, context.sight, layer)
-        return out.reshape(*out.shape[:2], -1), None
-    out, new = attend(q, k, v, context.seen(layer), cache, scale=scale, cap=cap)
-    out = checkpoint_name(out, ATTENDED) if cache is None else out
-    return out.reshape(*out.shape[:2], -1), None if cache is None else new
+    if cache is None:
+        out, new = _attend_row(config, q, k, v, layer, context), None
+    else:
+        seen, cap = context.seen(layer), config.attention_cap
+        out, new = attend(q, k, v, seen, cache, scale=config.score_scale, cap=cap)
+    return out.reshape(*out.shape[:2], -1), new
 
 
-def _attend_by_kernel(config: DecoderConfig, q: Array, k: Array, v: Array, sight: Sight, layer: Layer) -> Array:
-    scale, cap = config.score_scale, config.attention_cap
+def _attend_row(config: DecoderConfig, q: Array, k: Array, v: Array, layer: Layer, context: Context) -> Array:
+    scale, cap, sight = config.score_scale, config.attention_cap, context.sight
+    if not isinstance(sight, Sight):
+        return flash(q, k, v, context.seen(layer), scale=scale, cap=cap)
     if config.attention == "cudnn":  # of rows that hold one sequence: padding comes after it, and sees what it likes
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
     interpret = config.attention == "interpreted"

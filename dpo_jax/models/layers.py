@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -61,15 +59,12 @@ def attend(
     k_RQKE: Array,
     v_RQKE: Array,
     mask_RQT: Array,
-    cache: Cache | None = None,
+    cache: Cache,
     *,
-    scale: float | None = None,
+    scale: float,
     cap: float | None = None,
 ) -> tuple[Array, Cache]:
-    """Softmax attention with grouped key/value heads; softmax in fp32 whatever the dtype of the operands.
-
-    Without a cache, queries are taken in blocks, and keys after a block are not looked at: none of its queries sees a
-    later token of the row.
+    """Softmax attention to a cache and to new tokens; grouped key/value heads, softmax in fp32 whatever the operands.
 
     The cache is read where it lies: joining it with the new keys, or writing them into it layer by layer, would copy
     all of it for every token. A query that sees nothing (padding) gets the mean of the values, which nobody reads.
@@ -78,9 +73,9 @@ def attend(
       q_RQHE: queries.
       k_RQKE: keys of the same tokens, H a multiple of K.
       v_RQKE: their values.
-      mask_RQT: bool, which keys a query sees: T = Q, or the cache's slots and then the Q tokens (``cached_mask``).
+      mask_RQT: bool, which keys a query sees: the cache's slots, and then the Q tokens (``cached_mask``).
       cache: one layer's keys and values of earlier tokens, [R, K, slots, E].
-      scale: what multiplies q·k; None is 1/√E.
+      scale: what multiplies q·k.
       cap: of ``soft_cap`` for the scores.
 
     Returns:
@@ -88,40 +83,18 @@ def attend(
     """
     rows, queries, heads, size = q_RQHE.shape
     groups = k_RQKE.shape[2]
-    q = (q_RQHE * (size**-0.5 if scale is None else scale)).reshape(rows, queries, groups, heads // groups, size)
-    q_RKGQE = q.transpose(0, 2, 3, 1, 4)
+    q_RQKGE = (q_RQHE * scale).reshape(rows, queries, groups, heads // groups, size)
+    q_RKGQE = q_RQKGE.transpose(0, 2, 3, 1, 4)
     new = Cache(k_RQKE.swapaxes(1, 2), v_RQKE.swapaxes(1, 2))
-    if cache is None:
-        sums = [
-            _weighted_sum(q_RKGQE[:, :, :, start:stop], [_first_slots(new, stop)], mask_RQT[:, start:stop, :stop], cap)
-            for start, stop in itertools.pairwise(_block_borders(queries))
-        ]
-    else:
-        sums = [_weighted_sum(q_RKGQE, [cache, new], mask_RQT, cap)]
-    out_RKGQE = jnp.concatenate(sums, axis=3)
-    return out_RKGQE.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size), new
-
-
-def _weighted_sum(q_RKGQE: Array, seen: Sequence[Cache], mask_RQT: Array, cap: float | None) -> Array:
-    """Values of the keys that are seen, weighted by softmax; T counts the slots of all parts of ``seen`` in turn."""
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = [wide("rkgqe,rkte->rkgqt", q_RKGQE, c.key) for c in seen]
+    scores = [wide("rkgqe,rkte->rkgqt", q_RKGQE, c.key) for c in (cache, new)]
     capped = soft_cap(jnp.concatenate(scores, axis=-1), cap)
     masked = jnp.where(mask_RQT[:, None, None], capped, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(masked, axis=-1).astype(q_RKGQE.dtype)
-    parts = jnp.split(weights, [s.shape[-1] for s in scores[:-1]], axis=-1)
-    sums = [wide("rkgqt,rkte->rkgqe", w, c.value) for w, c in zip(parts, seen, strict=True)]
-    return functools.reduce(jnp.add, sums).astype(q_RKGQE.dtype)
-
-
-def _first_slots(cache: Cache, count: int) -> Cache:
-    return Cache(cache.key[:, :, :count], cache.value[:, :, :count])
-
-
-def _block_borders(queries: int) -> list[int]:
-    """Cuts queries into up to 8 blocks of at least about 128; n blocks compute (n + 1) / 2n of the scores."""
-    blocks = min(8, -(-queries // 128))
-    return [queries * i // blocks for i in range(blocks + 1)]
+    weights = jax.nn.softmax(masked, axis=-1).astype(q_RQHE.dtype)
+    old_part, new_part = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
+    out_RKGQE = wide("rkgqt,rkte->rkgqe", old_part, cache.value) + wide("rkgqt,rkte->rkgqe", new_part, new.value)
+    out_RQKGE = out_RKGQE.astype(q_RQHE.dtype).transpose(0, 3, 1, 2, 4)
+    return out_RQKGE.reshape(rows, queries, heads, size), new
 
 
 def cached_mask(mask_RQT: Array, start: Array | int) -> Array:
@@ -152,23 +125,22 @@ def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:
 
 
 def product(x: Array, kernel: Array, dtype: Any) -> Array:
-    """x @ kernel with operands of ``dtype``. Half-precision products are summed in fp32, also the fast way on CPUs."""
-    if jnp.dtype(dtype).itemsize == 2:
-        return _half_product(x.astype(dtype), kernel)
-    return x.astype(dtype) @ kernel.astype(dtype)
+    """x @ kernel with operands of ``dtype``, summed in fp32, forward and backward."""
+    return _product(x.astype(dtype), kernel)
 
 
 @jax.custom_vjp
-def _half_product(x: Array, kernel: Array) -> Array:
+def _product(x: Array, kernel: Array) -> Array:
     return _contract(x, kernel.astype(x.dtype), -1, 0).astype(x.dtype)
 
 
-def _half_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _half_product(x, kernel), (x, kernel)
+def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(x, kernel), (x, kernel)
 
 
-def _half_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
-    # Left to itself, the backward pass would multiply an fp32 cotangent by a half-precision matrix, in fp32.
+def _product_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
+    # Left to itself, the backward pass multiplies an fp32 cotangent by a half-precision matrix in fp32; and on CPUs
+    # copies cotangents into transposed order, which takes longer than the products save by it.
     x, kernel = saved
     cotangent = cotangent.astype(x.dtype)
     dx = _contract(cotangent, kernel.astype(x.dtype), -1, 1).astype(x.dtype)
@@ -196,7 +168,7 @@ def _contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
 
 
-_half_product.defvjp(_half_forward, _half_backward)
+_product.defvjp(_product_forward, _product_backward)
 
 
 class Dense(nn.Module):

@@ -52,17 +52,18 @@ def test_a_step_does_the_products_that_the_formula_counts(worker: Worker) -> Non
     state, batch, hyper = jax.tree.map(lambda a: a[0], worker.arguments(0))
     trips = -(-int((batch.answers.weight_RM > 0).sum()) // CHUNK)
     step = worker.function
-    jaxpr = jax.make_jaxpr(step, axis_env=[(worker.parallel.axis.name, 1)])(state, batch, hyper).jaxpr
+    jaxpr = jax.make_jaxpr(step)(state, batch, hyper).jaxpr
     width, layers, mlp, heads, groups, size = 16, 2, 24, 4, 2, 4
     matrices = width * size * (2 * heads + 2 * groups) + 3 * width * mlp
     body = layers * (2 * matrices * ROW + 4 * heads * size * ROW**2)
     chunk = -(-len(batch.answers.target_RM[0, 0]) // -(-len(batch.answers.target_RM[0, 0]) // CHUNK))
     head = 2 * VOCAB * width * chunk * trips
     statistics = 2 * 2 * VOCAB * chunk * trips  # entropy and collision
-    # Policy forward, reference, and twice as much backward; the head's logits are computed once more there.
-    assert dot_flops(jaxpr, trips) == 4 * body + 5 * head + 2 * statistics
-    # What attention keeps for the backward pass; nothing grows with targets × vocabulary.
-    assert largest_array(jaxpr) == layers * heads * ROW**2
+    # Policy forward, reference, and twice as much backward; there scores and the head's logits are computed once more.
+    scores = layers * 2 * heads * size * ROW**2
+    assert dot_flops(jaxpr, trips) == 4 * body + scores + 5 * head + 2 * statistics
+    # Scores of one layer; nothing grows with layers × positions², or with targets × vocabulary.
+    assert largest_array(jaxpr) == heads * ROW**2
 
 
 def test_all_positions_in_use_need_what_the_formula_says(worker: Worker) -> None:

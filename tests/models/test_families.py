@@ -84,7 +84,8 @@ def test_remat_changes_memory_and_not_numbers() -> None:
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
     assert [remat for remat in REMAT if "remat" not in text[remat]] == ["none"]
     products = [text[remat].count("dot_general") for remat in REMAT]
-    assert products == sorted(set(products)), "each keeps less than the one before, and computes more again"
+    assert products[0] == products[1], "all products are kept"
+    assert products[1:] == sorted(set(products[1:])), "each keeps less than the one before, and computes more again"
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "packed"])

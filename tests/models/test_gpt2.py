@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpo_jax.models import init_params, make_model
-from dpo_jax.models.layers import attend, training_mask
+from dpo_jax.models.flash import flash
+from dpo_jax.models.layers import training_mask
 from dpo_jax.trees import parameter_count
 from tests.tiny import VOCAB, tiny_model, tiny_params
 
@@ -53,7 +56,7 @@ def test_attention_is_the_textbook_formula() -> None:
                 scores = np.array([q[r, i, h] @ k[r, j, h // 3] / 2 for j in range(i + 1)], np.float64)
                 weights = np.exp(scores - scores.max())
                 expected[r, i, h] = (weights / weights.sum()) @ v[r, : i + 1, h // 3]
-    np.testing.assert_allclose(jax.jit(attend)(q, k, v, mask)[0], expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(functools.partial(flash, scale=0.5))(q, k, v, mask), expected, atol=2e-6)
 
 
 def test_a_cache_gives_the_same_hidden_states() -> None:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dpo_jax.models.layers import attend, training_mask
+from dpo_jax.models.flash import flash
+from dpo_jax.models.layers import training_mask
 from dpo_jax.models.splash import Sight, splash, visited_pairs
 from dpo_jax.sharding import AXES
 
@@ -48,7 +49,7 @@ def _both(tensors, cotangent, rows, window, *, branches, windowed, cap):
     kernel = functools.partial(
         splash, sight=sight, window=window if windowed else None, scale=scale, cap=cap, block=128, interpret=True
     )
-    dense = lambda q, k, v: attend(q, k, v, mask, cap=cap)[0]  # noqa: E731
+    dense = functools.partial(flash, mask_RLL=mask, scale=scale, cap=cap)
     real = (group != 0)[:, :, None, None]
 
     def pulled_back(fn):
