@@ -82,8 +82,12 @@ class OpenedRun:
         self.identity = workdir.identity(config, self.data, self.pipeline)
         self.start_hash: str | None = None
 
-    def attach_reference(self) -> None:
-        """Gives the batches the reference's stored log-probabilities, where the config asks for it."""
+    def attach_reference(self, stopping: Callable[[], bool]) -> None:
+        """Gives the batches the reference's stored log-probabilities, where the config asks for it.
+
+        Raises:
+          Stopped: ``stopping`` said so while the reference scored.
+        """
         root = self.config.reference.store
         if root is None:
             return
@@ -93,7 +97,7 @@ class OpenedRun:
         if self.held_out is not None:
             needs.append(reference.need_of(self.held_out, None))
         score = reference.ReferencePass(self.config, self.parts, self.parallel, self.start_params)
-        store = reference.open_store(root, identity, needs, score)
+        store = reference.open_store(root, identity, needs, score, stopping)
         for pipeline in filter(None, (self.pipeline, self.held_out)):
             pipeline.attach = store.attach
 

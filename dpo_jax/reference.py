@@ -32,6 +32,7 @@ from dpo_jax.models import rolled
 from dpo_jax.parallel import Parallel
 from dpo_jax.progress import Progress, stage
 from dpo_jax.refstore import ReferenceStore, answer_key, locked, store_folder, write_store
+from dpo_jax.stopping import Stopped
 from dpo_jax.types import Array, Params, TokenBatch
 
 Scored = tuple[Example, tuple[np.ndarray, ...]]
@@ -99,6 +100,7 @@ def open_store(
     identity: Mapping[str, str],
     needs: Sequence[Need],
     score: Callable[[Iterable[Example]], Iterator[Scored]],
+    stopping: Callable[[], bool] = lambda: False,
 ) -> ReferenceStore:
     """Opens the store of a reference, completed where it lacks something.
 
@@ -107,8 +109,10 @@ def open_store(
       identity: of the reference.
       needs: data whose answers the store must hold.
       score: gives examples, in their order, with the log-probabilities of their answers' tokens, nats.
+      stopping: whether the run was asked to stop: what has been scored is written then.
 
     Raises:
+      Stopped: it was.
       ValueError: something is missing, and several processes are at work.
       OSError: the store is damaged or cannot be written.
     """
@@ -121,7 +125,7 @@ def open_store(
                     f"{store_folder(root, identity)} lacks log-probabilities of this run, and only a single process "
                     "can add them: run the same config once with one process, until its first step, then start again"
                 )
-            _add(root, identity, store, lacking, score)
+            _add(root, identity, store, lacking, score, stopping)
             store = ReferenceStore(root, identity)
     assert store is not None
     logging.info("%d answers with the reference's log-probabilities are in %s.", len(store), store.folder)
@@ -141,6 +145,7 @@ def _add(
     store: ReferenceStore | None,
     needs: Sequence[Need],
     score: Callable[[Iterable[Example]], Iterator[Scored]],
+    stopping: Callable[[], bool],
 ) -> None:
     with stage("Looking for answers whose reference log-probabilities are not stored"):
         found = list(map(_size, missing(store, needs)))
@@ -156,22 +161,25 @@ def _add(
             progress.update(_size(example)[1])
 
     with Progress(tokens, "reference", unit="token") as progress:
-        for portion in _portions(shown(missing(store, needs), progress)) if found else ():
+        for portion in _portions(shown(missing(store, needs), progress), stopping) if found else ():
             write_store(root, identity, portion, extends=store)
             store = ReferenceStore(root, identity)
+            if stopping():
+                logging.warning("Stopped; %d answers are scored, and the same command goes on.", len(store))
+                raise Stopped()
     write_store(root, identity, (), covers=[need.fingerprint for need in needs], extends=store)
 
 
-def _portions(items: Iterator[Scored]) -> Iterator[Iterator[Scored]]:
+def _portions(items: Iterator[Scored], stopping: Callable[[], bool]) -> Iterator[Iterator[Scored]]:
     """Cuts items into iterators, each of which ends when a few minutes have passed; they are to be read in turn."""
     for first in items:
-        yield _for_a_while(first, items)
+        yield _for_a_while(first, items, stopping)
 
 
-def _for_a_while(first: Scored, items: Iterator[Scored]) -> Iterator[Scored]:
+def _for_a_while(first: Scored, items: Iterator[Scored], stopping: Callable[[], bool]) -> Iterator[Scored]:
     begin = time.monotonic()
     yield first
-    while time.monotonic() - begin < _WRITE_EVERY and (item := next(items, None)) is not None:
+    while not stopping() and time.monotonic() - begin < _WRITE_EVERY and (item := next(items, None)) is not None:
         yield item
 
 

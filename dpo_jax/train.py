@@ -177,7 +177,7 @@ class Trainer(OpenedRun):
                 if memory is not None:
                     log.remember(memory)
                 if start < self.steps:
-                    self.attach_reference()
+                    self.attach_reference(seat.stop.agreed)
                     if seat.shows:
                         self._announce(state, start)
                     carry = seat.place(guarded(state, log.skipped))

@@ -19,6 +19,7 @@ from dpo_jax.parallel import DataParallel
 from dpo_jax.refstore import IDENTITY, ReferenceStore, answer_key, identity_hash
 from dpo_jax.sources import open_dataset
 from dpo_jax.start import start_params
+from dpo_jax.stopping import Stopped
 from dpo_jax.types import UNUSED
 from tests import tiny_run
 from tests.test_train import never
@@ -135,6 +136,15 @@ def test_what_was_written_before_a_kill_is_not_scored_again(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         reference.open_store(tmp_path, ME, [need], Score(most=6))
     assert len(ReferenceStore(tmp_path, ME)) == 6 and not ReferenceStore(tmp_path, ME).covers
+    store = reference.open_store(tmp_path, ME, [need], rest)
+    assert len(rest.scored) == 34 and len(store) == 40 and need.fingerprint in store.covers
+
+
+def test_a_pass_that_is_asked_to_stop_writes_what_it_has_and_goes_on_later(tmp_path: Path) -> None:
+    need, first, rest = reference.need_of(pipeline(), 5), Score(), Score()
+    with pytest.raises(Stopped):
+        reference.open_store(tmp_path, ME, [need], first, lambda: len(first.scored) >= 6)
+    assert len(ReferenceStore(tmp_path, ME)) == len(first.scored) == 6
     store = reference.open_store(tmp_path, ME, [need], rest)
     assert len(rest.scored) == 34 and len(store) == 40 and need.fingerprint in store.covers
 
