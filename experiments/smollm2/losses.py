@@ -24,4 +24,4 @@ def get_config() -> ConfigDict:
 
 
 def get_axes() -> dict:
-    return {"loss.name": ["dpo", "ipo", "kto"], "seed": [0]}
+    return {"loss.name": ["dpo", "ipo", "kto"], "seed": [0, 1, 2]}
