@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.prepared import PreparedExamples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.types import CHOSEN, REJECTED
+from dpo_jax.writers import METRICS_FILE
 from experiments import changes
 from experiments.length import pairs
 from tests import tiny_run
@@ -39,6 +41,19 @@ def test_orpo_goes_through_to_its_table(tmp_path: Path) -> None:
     assert gap == tuple(chosen - changes.ends(folders[0], metric))
     with pytest.raises(ValueError, match="has no metric 'eval/los'; it has eval/"):
         list(changes.table(tmp_path / "sweep", ["eval/los"]))
+
+
+def test_runs_are_compared_where_they_reach_the_same_kl(tmp_path: Path) -> None:
+    rows = [
+        {"step": 0, "samples/kl": 0.0, "samples/length": 40.0, "eval/loss": 0.0},
+        {"step": 1, "samples/kl": 1.0, "samples/length": 44.0, "eval/loss": 1.0},
+        {"step": 2, "samples/kl": 3.0, "samples/length": 50.0},
+    ]
+    (tmp_path / METRICS_FILE).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert changes.ends(tmp_path, "samples/length", 2.0) == (40.0, 47.0)
+    assert changes.ends(tmp_path, "samples/length - samples/kl", 2.0) == (40.0, 45.0)
+    assert changes.ends(tmp_path, "eval/loss", 0.5) == (0.0, 0.5)
+    assert np.isnan(changes.ends(tmp_path, "samples/length", 3.5)[1])
 
 
 def test_pairs_are_kept_where_the_longer_answer_won(tmp_path: Path) -> None:
