@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(RUN) experiments.imdb.run --workdir=runs/imdb $(ARGS)
 
 test: $(STAMP)
-	$(RUN) pytest --numprocesses=2 --dist=loadfile $(ARGS)
+	$(RUN) pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)
 	$(RUN) ruff check .
