@@ -16,7 +16,7 @@ from dpo_jax.data.layouts import Shape
 from dpo_jax.flops import dot_flops, inner_programs
 from dpo_jax.models import init_params, make_model
 from dpo_jax.trees import parameter_count
-from experiments.speed import losses, memory, profile, run, sampling, work
+from experiments.speed import breakdown, losses, memory, run, sampling, work
 from experiments.speed.ours import Settings, Worker
 from experiments.speed.table import agreement, markdown
 from tests.tiny import VOCAB, random_examples
@@ -109,13 +109,13 @@ def test_a_loss_costs_its_median_share_of_dpo() -> None:
     assert "| kto | 2.00 | 1.50 to 3.50 |" in text
 
 
-def test_a_profile_says_what_a_step_does(worker: Worker) -> None:
+def test_a_breakdown_says_what_a_step_does(worker: Worker) -> None:
     text = worker.step.lower(*worker.arguments(0)).compile().as_text()
-    total = profile.seconds(profile.traced(worker, 0), profile.purposes(text))
+    total = breakdown.seconds(breakdown.traced(worker, 0), breakdown.purposes(text))
     layers, head, attention = "layers: products", "head: products", "attention, without its matrices"
-    expected = {(part, which) for part in (layers, head, attention) for which in profile.PASSES} | {("optimizer", "")}
+    expected = {(part, which) for part in (layers, head, attention) for which in breakdown.PASSES} | {("optimizer", "")}
     assert expected <= {key for key, value in total.items() if value > 0}
-    assert f"| {layers} | {total[layers, 'reference']:.2f} |" in profile.table(total)
+    assert f"| {layers} | {total[layers, 'reference']:.2f} |" in breakdown.table(total)
 
 
 def test_every_loss_takes_a_step(common: dict[str, object]) -> None:

@@ -1,6 +1,6 @@
 """Where a step's time goes: operations of a traced step, by what they are for.
 
-    python -m experiments.speed.profile --model=runs/smollm2/hf --batches=runs/speed/smollm2/batches.json
+    python -m experiments.speed.breakdown --model=runs/smollm2/hf --batches=runs/speed/smollm2/batches.json
 
 On one core: on several, XLA runs products beside other operations, and one's time cannot be told from the other's.
 """
