@@ -53,7 +53,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
       text: ``compiled.as_text()``.
       devices: that the program runs on.
     """
-    bodies = _computations(text)
+    bodies = computations(text)
     entry = next(name for name, body in bodies.items() if body.entry)
 
     @functools.cache
@@ -77,18 +77,21 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 @dataclass(frozen=True)
-class _Body:
+class Body:
+    """A computation of a program: whether it is the entry, and its instructions, a line each."""
+
     entry: bool
     lines: list[str]
 
 
-def _computations(text: str) -> dict[str, _Body]:
-    bodies: dict[str, _Body] = {}
-    current: _Body | None = None
+def computations(text: str) -> dict[str, Body]:
+    """What a program is made of, by name: its entry, and the bodies of its loops, fusions and branches."""
+    bodies: dict[str, Body] = {}
+    current: Body | None = None
     for line in text.splitlines():
         header = _HEADER.match(line)
         if header:
-            current = bodies[header[2]] = _Body(bool(header[1]), [])
+            current = bodies[header[2]] = Body(bool(header[1]), [])
         elif current is not None:
             current.lines.append(line)
     return bodies
@@ -116,7 +119,7 @@ def _times(part: Collective, trips: int) -> Collective:
     return Collective(part.kind, part.count * trips, part.sent * trips)
 
 
-def _trips(line: str, bodies: Mapping[str, _Body]) -> int:
+def _trips(line: str, bodies: Mapping[str, Body]) -> int:
     """Of a while loop that counts from 0: as the compiler says, else the limit in its condition, else 1."""
     if known := _TRIPS.search(line):
         return int(known[1])

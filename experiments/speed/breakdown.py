@@ -19,12 +19,12 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
+from dpo_jax.hlo import computations
 from experiments.speed.ours import Settings, Worker, matmul_rate
 from experiments.speed.work import load, needed_flops
 
 PASSES = ("reference", "forward", "backward")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _CALLED = re.compile(r"calls=%?([\w.\-]+)")
 _MATRIX = re.compile(r"/attention/(?:query|key|value|out)/")
@@ -37,20 +37,14 @@ def purposes(text: str) -> dict[str, tuple[str, str]]:
     Args:
       text: ``compiled.as_text()``.
     """
-    bodies: dict[str, list[str]] = collections.defaultdict(list)
-    body = ""
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            body = header[1]
-        bodies[body].append(line)
-    found = {}
-    for lines in list(bodies.values()):
-        around = [name for name in map(_name, lines) if "attention/while" in name][:1]
-        for line in lines:
+    bodies, found = computations(text), {}
+    for body in bodies.values():
+        around = [name for name in map(_name, body.lines) if "attention/while" in name][:1]
+        for line in body.lines:
             instruction = _INSTRUCTION.match(line)
             if instruction and not _CONTROL.search(line):
                 called = _CALLED.search(line)
-                found[instruction[1]] = _purpose([line, *(bodies[called[1]] if called else [])], around)
+                found[instruction[1]] = _purpose([line, *(bodies[called[1]].lines if called else [])], around)
     return found
 
 
