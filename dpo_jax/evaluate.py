@@ -77,7 +77,8 @@ class Completer:
     ) -> None:
         self.tokenizer, self.rows = tokenizer, -(-rows // parallel.parts) * parallel.parts
         self.shape = Shape(answers=1, prompt_length=prompt_length, answer_length=answer_length)
-        sampler = make_sampler(model, max_new_tokens=answer_length, eos=tokenizer.eos_token_id)
+        lanes = parallel.axis.parts
+        sampler = make_sampler(model, max_new_tokens=answer_length, eos=tokenizer.eos_token_id, lanes=lanes)
         self._sample = parallel.row_function(sampler, "sample")
         self._score = parallel.row_function(
             lambda params, batch: score(model, params, batch, (1, 1), head_chunk).sum[:, 0, 0], "score_samples"

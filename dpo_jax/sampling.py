@@ -1,4 +1,4 @@
-"""Sampling with a key/value cache: the prompt in one pass, then a token at a time until every row has ended."""
+"""Sampling with a key/value cache: the prompts, several in a row, then a token at a time until every row has ended."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from dpo_jax.models.layers import Cache, project
+from dpo_jax.models import unrolled
+from dpo_jax.models.layers import project
+from dpo_jax.prefill import prefill
 from dpo_jax.types import Array, Params
 
 
@@ -38,13 +40,14 @@ def make_sampler(
     eos: int | Sequence[int],
     top_k: int | None = None,
     top_p: float | None = None,
+    lanes: int = 1,
 ) -> Callable[[Params, Array, Array, Array, Array], Samples]:
     """Builds the pure function (params, prompt_RP, length_R, key_R, temperature_R) → Samples.
 
     Prompts are padded on the right to P tokens; T = ``max_new_tokens``; a temperature of 0 takes the likeliest token.
     The random numbers of a row depend on its own key and on the place of the token alone, so a row's completion does
-    not depend on the rows beside it. The cache has the model's compute dtype: samples come from the same function that
-    scores them.
+    not depend on the rows beside it, but for the rounding of sums. The cache has the model's compute dtype: samples
+    come from the same function that scores them.
 
     Args:
       model: a family's module.
@@ -52,12 +55,14 @@ def make_sampler(
       eos: the token, or the tokens any of which, ends an answer.
       top_k: draws among this many of the likeliest tokens only; None is all.
       top_p: draws among the fewest likeliest tokens whose probabilities add up to this; None is all.
+      lanes: rows of prompts that are read at a time: as many as one program's rows are split over.
 
     Raises:
       ValueError: ``top_k`` below 1, or ``top_p`` outside (0, 1].
     """
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"top_k is {top_k} and top_p {top_p}; expected at least 1, and more than 0 up to 1")
+    stepped = unrolled(model)
     ends = np.atleast_1d(np.asarray(eos, np.int32))
 
     def sample(params: Params, prompt_RP: Array, length_R: Array, key_R: Array, temperature_R: Array) -> Samples:
@@ -65,9 +70,6 @@ def make_sampler(
         variables = {"params": params}
         head_VD = model.apply(variables, method="head")
         seen_RP = jnp.arange(prompt_slots)[None] < length_R[:, None]
-
-        def forward(tokens_RQ: Array, position_RQ: Array, mask_RQT: Array, cache: Cache, start: Array) -> tuple:
-            return model.apply(variables, tokens_RQ, position_RQ, mask_RQT, cache, start)
 
         def draw(hidden_RD: Array, t: Array) -> tuple[Array, Array]:
             logits_RV = project(hidden_RD, head_VD, model.logit_cap)
@@ -91,8 +93,9 @@ def make_sampler(
             slot = jnp.arange(prompt_slots + max_new_tokens)[None]
             sampled_1T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
             mask_RT = jnp.pad(seen_RP, ((0, 0), (0, max_new_tokens))) | sampled_1T
-            hidden_RQD, cache = forward(
-                token_R[:, None], (length_R + t)[:, None], mask_RT[:, None], cache, prompt_slots + t
+            position_R1 = (length_R + t)[:, None]
+            hidden_RQD, cache = stepped.apply(
+                variables, token_R[:, None], position_R1, mask_RT[:, None], cache, prompt_slots + t
             )
             return t + 1, hidden_RQD[:, 0], cache, out
 
@@ -100,12 +103,7 @@ def make_sampler(
             t, _, _, out = carry
             return (t < max_new_tokens) & ~jnp.all(out.ended_R)
 
-        cache = model.apply(variables, rows, prompt_slots + max_new_tokens, method="empty_cache")
-        causal = jnp.tril(jnp.ones((1, prompt_slots, prompt_slots), bool)) & seen_RP[:, None, :]
-        position_RP = jnp.broadcast_to(jnp.arange(prompt_slots), prompt_RP.shape)
-        mask = jnp.pad(causal, ((0, 0), (0, 0), (0, max_new_tokens)))
-        hidden_RPD, cache = forward(prompt_RP, position_RP, mask, cache, jnp.int32(0))
-        last_RD = jnp.take_along_axis(hidden_RPD, (length_R - 1)[:, None, None], axis=1)[:, 0]
+        last_RD, cache = prefill(model, variables, prompt_RP, length_R, room=max_new_tokens, lanes=lanes)
         empty = jnp.zeros((rows, max_new_tokens), jnp.int32)
         out = Samples(empty, empty.astype(jnp.float32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
         return jax.lax.while_loop(unfinished, body, (jnp.int32(0), last_RD, cache, out))[3]

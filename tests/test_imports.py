@@ -56,6 +56,7 @@ LAYERS = {
     "dpo_jax.grid": 3,
     "dpo_jax.workdir": 3,
     "dpo_jax.reproducer": 3,
+    "dpo_jax.prefill": 2,
     "dpo_jax.sampling": 2,
     "dpo_jax.refstore": 2,
     "dpo_jax.config": 3,

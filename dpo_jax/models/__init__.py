@@ -57,6 +57,11 @@ def rolled(model: nn.Module) -> nn.Module:
     return model.clone(config=dataclasses.replace(model.config, unroll=1))
 
 
+def unrolled(model: nn.Module) -> nn.Module:
+    """The same model for programs that read a cache, whose layers lie apart."""
+    return model.clone(config=dataclasses.replace(model.config, unroll=model.config.layers))
+
+
 def init_params(model: nn.Module, key: jax.Array) -> Params:
     """Fresh parameters without the boxes that carry axis names."""
     return nn.unbox(_init(model, key))

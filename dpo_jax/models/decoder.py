@@ -13,7 +13,7 @@ from flax import struct
 
 from dpo_jax.models.config import REMAT, DecoderConfig
 from dpo_jax.models.flash import flash
-from dpo_jax.models.layers import Cache, Dense, attend, cached_mask, extend
+from dpo_jax.models.layers import Cache, Dense, attend, extend, kept
 from dpo_jax.models.rope import rotate
 from dpo_jax.models.splash import Sight, splash
 from dpo_jax.sharding import PARAMETERS, constrain
@@ -38,16 +38,18 @@ class Context:
     """What all layers share.
 
     Attributes:
-      sight: which keys a token sees: bool [R, Q, T], those of its row, or the cache's and then its row's; or a Sight.
+      sight: which keys a token sees: bool [R, Q, T], those of its row, or of the cache; or a Sight.
       distance_RQT: int32, how many positions the key is back; None when no layer has a window.
       cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
       sin: the same.
+      start: cache slot of the first token; None without a cache.
     """
 
     sight: Array | Sight
     distance_RQT: Array | None
     cos: Array | None
     sin: Array | None
+    start: Array | int | None
 
     def seen(self, layer: Layer) -> Array:
         """bool [R, Q, T], which keys a token sees in a layer; of a context without a Sight."""
@@ -120,18 +122,32 @@ class Decoder(nn.Module):
         Returns:
           (hidden [R, Q, D] after the final norm, the cache with these tokens in it).
         """
-        c = self.config
-        x_RQD = constrain(self.embed(tokens_RQ, position_RQ).astype(c.dtype), "rows", None, "embed")
-        layers = self._layers(tokens_RQ.shape[1] if cache is None else None)
         if cache is None:
-            x_RQD, _ = self.blocks(x_RQD, None, layers, self._context(position_RQ, position_RQ, mask_RQT, layers))
-        else:
-            assert not isinstance(mask_RQT, Sight), "a cache is looked at through a mask"
-            key_position_RT = jnp.concatenate([jnp.asarray(cache.position), position_RQ], axis=1)
-            context = self._context(position_RQ, key_position_RT, cached_mask(mask_RQT, start), layers)
-            x_RQD, new = self.blocks(x_RQD, Cache(cache.key, cache.value), layers, context)
-            cache = extend(cache, new, position_RQ, start)
-        return self.final_norm(x_RQD).astype(c.output_dtype or c.dtype), cache
+            return self._read(tokens_RQ, position_RQ, mask_RQT, None)
+        assert not isinstance(mask_RQT, Sight), "a cache is looked at through a mask"
+        layers, position_RT = self._layers(None), jnp.asarray(cache.position)
+        position_RT = jax.lax.dynamic_update_slice_in_dim(position_RT, position_RQ, start, 1)
+        context = self._context(position_RQ, position_RT, mask_RQT, layers, start)
+        x_RQD, stacked = self.blocks(self._embedded(tokens_RQ, position_RQ), _stacked(cache), layers, context)
+        return self._normed(x_RQD), Cache(tuple(stacked.key), tuple(stacked.value), position_RT)
+
+    def read(self, tokens_RL: Array, position_RL: Array, mask_RLL: Array) -> tuple[Array, Array, Array]:
+        """Of whole rows, (hidden [R, L, D] after the final norm, keys [N, R, K, L, E], values of the same shape)."""
+        empty = _stacked(self.empty_cache(tokens_RL.shape[0], 0))
+        hidden, cache = self._read(tokens_RL, position_RL, mask_RLL, empty)
+        return hidden, cache.key, cache.value
+
+    def _read(self, tokens_RL: Array, position_RL: Array, sight: Array | Sight, cache: Cache | None) -> tuple:
+        layers = self._layers(tokens_RL.shape[1])
+        context = self._context(position_RL, position_RL, sight, layers)
+        x_RLD, cache = self.blocks(self._embedded(tokens_RL, position_RL), cache, layers, context)
+        return self._normed(x_RLD), cache
+
+    def _embedded(self, tokens_RQ: Array, position_RQ: Array) -> Array:
+        return constrain(self.embed(tokens_RQ, position_RQ).astype(self.config.dtype), "rows", None, "embed")
+
+    def _normed(self, x_RQD: Array) -> Array:
+        return self.final_norm(x_RQD).astype(self.config.output_dtype or self.config.dtype)
 
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
         """What the first layer reads, [R, Q, D]."""
@@ -148,16 +164,23 @@ class Decoder(nn.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache for ``slots`` tokens a row."""
         c = self.config
-        shape = (c.layers, rows, c.key_heads, slots, c.size)
-        return Cache(jnp.zeros(shape, c.dtype), jnp.zeros(shape, c.dtype), jnp.zeros((rows, slots), jnp.int32))
+        zeros = (jnp.zeros((rows, c.key_heads, slots, c.size), c.dtype),) * c.layers
+        return Cache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32))
 
-    def _context(self, position_RQ: Array, key_position_RT: Array, sight: Array | Sight, layers: Layer) -> Context:
+    def _context(
+        self,
+        position_RQ: Array,
+        key_position_RT: Array,
+        sight: Array | Sight,
+        layers: Layer,
+        start: Array | int | None = None,
+    ) -> Context:
         c = self.config
         distances = layers.window is not None and not isinstance(sight, Sight)
         distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if distances else None
         angles = [rope.angles(position_RQ, c.size) for rope in c.ropes]
         cos, sin = (jnp.stack(part) for part in zip(*angles, strict=True)) if angles else (None, None)
-        return Context(sight, distance, cos, sin)
+        return Context(sight, distance, cos, sin, start)
 
     def _layers(self, length: int | None) -> Layer:
         """[N] entries, for sequences of at most ``length`` tokens."""
@@ -167,6 +190,11 @@ class Decoder(nn.Module):
         windows = all_windows if any(w < everything for w in all_windows) else None
         ropes = list(c.rope_of_layer) if len(c.ropes) > 1 else None
         return Layer(*(None if entries is None else jnp.asarray(entries, jnp.int32) for entries in (windows, ropes)))
+
+
+def _stacked(cache: Cache) -> Cache:
+    """Keys and values with a dimension of layers, for a scan over them: no copy where the scan is unrolled."""
+    return Cache(jnp.stack(cache.key), jnp.stack(cache.value))
 
 
 def look_up(table: Array, index_RQ: Array, axis: str | None = "vocab") -> Array:
@@ -208,14 +236,16 @@ def attend_and_keep(
     """Rotates queries and keys, attends, and gives the new keys and values where there is a cache to keep them in.
 
     Returns:
-      (what the heads saw side by side [R, Q, H·E], these tokens' part of the cache).
+      (what the heads saw side by side [R, Q, H·E], the cache with these tokens in it).
     """
     q, k = context.turn(q, layer), context.turn(k, layer)
-    if cache is None:
-        out, new = _attend_row(config, q, k, v, layer, context), None
+    new = None if cache is None else kept(k, v)
+    if cache is None or new is None or not cache.key.size:
+        out = _attend_row(config, q, k, v, layer, context)
     else:
-        seen, cap = context.seen(layer), config.attention_cap
-        out, new = attend(q, k, v, seen, cache, scale=config.score_scale, cap=cap)
+        assert context.start is not None
+        new = extend(cache, new, context.start)
+        out = attend(q, context.seen(layer), new, scale=config.score_scale, cap=config.attention_cap)
     return out.reshape(*out.shape[:2], -1), new
 
 

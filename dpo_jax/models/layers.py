@@ -22,16 +22,17 @@ from dpo_jax.types import Array
 class Cache:
     """Keys and values of the tokens seen so far, in the model's compute dtype.
 
-    Heads stand before slots: the products of attention then read a head's slots side by side, several times faster.
+    A head's slots lie side by side, as products read them, and each layer's in an array of its own: on CPUs a part of
+    an array is a copy, made anew for every token.
 
     Attributes:
-      key: [N, R, K, T, E], one entry for each layer and cache slot; without N for one layer.
+      key: for each layer [R, K, T, E], T being the slots; of one layer, this array alone.
       value: the same.
       position: int32 [R, T], the position of each slot's token; None in a single layer's part.
     """
 
-    key: Array
-    value: Array
+    key: Any
+    value: Any
     position: Array | None = None
 
 
@@ -54,68 +55,41 @@ def soft_cap(x: Array, cap: float | None) -> Array:
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def attend(
-    q_RQHE: Array,
-    k_RQKE: Array,
-    v_RQKE: Array,
-    mask_RQT: Array,
-    cache: Cache,
-    *,
-    scale: float,
-    cap: float | None = None,
-) -> tuple[Array, Cache]:
-    """Softmax attention to a cache and to new tokens; grouped key/value heads, softmax in fp32 whatever the operands.
+def kept(k_RQKE: Array, v_RQKE: Array) -> Cache:
+    """Keys and values of one layer's Q tokens as a cache keeps them, [R, K, Q, E]."""
+    return Cache(k_RQKE.swapaxes(1, 2), v_RQKE.swapaxes(1, 2))
 
-    The cache is read where it lies: joining it with the new keys, or writing them into it layer by layer, would copy
-    all of it for every token. A query that sees nothing (padding) gets the mean of the values, which nobody reads.
+
+def extend(cache: Cache, new: Cache, start: Array | int) -> Cache:
+    """Writes keys and values of one layer's new tokens into the slots from ``start`` on."""
+    key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, 2)
+    return Cache(key, jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, 2))
+
+
+def attend(q_RQHE: Array, mask_RQT: Array, cache: Cache, *, scale: float, cap: float | None = None) -> Array:
+    """Softmax attention to a cache; grouped key/value heads, softmax in fp32 whatever the operands.
+
+    A query that sees nothing (padding) gets the mean of the values, which nobody reads.
 
     Args:
-      q_RQHE: queries.
-      k_RQKE: keys of the same tokens, H a multiple of K.
-      v_RQKE: their values.
-      mask_RQT: bool, which keys a query sees: the cache's slots, and then the Q tokens (``cached_mask``).
-      cache: one layer's keys and values of earlier tokens, [R, K, slots, E].
+      q_RQHE: queries, H a multiple of the cache's K.
+      mask_RQT: bool, which of the cache's slots a query sees.
+      cache: one layer's keys and values.
       scale: what multiplies q·k.
       cap: of ``soft_cap`` for the scores.
 
     Returns:
-      ([R, Q, H, E] in the dtype of the queries, these tokens' keys and values as a cache keeps them, [R, K, Q, E]).
+      [R, Q, H, E] in the dtype of the queries.
     """
     rows, queries, heads, size = q_RQHE.shape
-    groups = k_RQKE.shape[2]
+    groups = cache.value.shape[1]
     q_RQKGE = (q_RQHE * scale).reshape(rows, queries, groups, heads // groups, size)
-    q_RKGQE = q_RQKGE.transpose(0, 2, 3, 1, 4)
-    new = Cache(k_RQKE.swapaxes(1, 2), v_RQKE.swapaxes(1, 2))
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = [wide("rkgqe,rkte->rkgqt", q_RKGQE, c.key) for c in (cache, new)]
-    capped = soft_cap(jnp.concatenate(scores, axis=-1), cap)
-    masked = jnp.where(mask_RQT[:, None, None], capped, jnp.finfo(jnp.float32).min)
+    scores = soft_cap(wide("rkgqe,rkte->rkgqt", q_RQKGE.transpose(0, 2, 3, 1, 4), cache.key), cap)
+    masked = jnp.where(mask_RQT[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(masked, axis=-1).astype(q_RQHE.dtype)
-    old_part, new_part = jnp.split(weights, [scores[0].shape[-1]], axis=-1)
-    out_RKGQE = wide("rkgqt,rkte->rkgqe", old_part, cache.value) + wide("rkgqt,rkte->rkgqe", new_part, new.value)
-    out_RQKGE = out_RKGQE.astype(q_RQHE.dtype).transpose(0, 3, 1, 2, 4)
-    return out_RQKGE.reshape(rows, queries, heads, size), new
-
-
-def cached_mask(mask_RQT: Array, start: Array | int) -> Array:
-    """A mask over cache slots, for tokens that are about to be written at ``start``: [R, Q, slots + Q].
-
-    The slots of these tokens still hold old contents; their keys stand after the cache.
-    """
-    queries, slots = mask_RQT.shape[1:]
-    slot = jnp.arange(slots)[None, None]
-    new = jax.lax.dynamic_slice_in_dim(mask_RQT, start, queries, axis=2)
-    return jnp.concatenate([mask_RQT & ((slot < start) | (slot >= start + queries)), new], axis=2)
-
-
-def extend(cache: Cache, new: Cache, position_RQ: Array, start: Array | int) -> Cache:
-    """Writes keys and values of Q new tokens, [N, R, K, Q, E], into all layers' slots from ``start`` on."""
-
-    def write(old: Array, part: Array, axis: int) -> Array:
-        return jax.lax.dynamic_update_slice_in_dim(old, part, start, axis)
-
-    position = None if cache.position is None else write(cache.position, position_RQ, 1)
-    return Cache(write(cache.key, new.key, 3), write(cache.value, new.value, 3), position)
+    out_RKGQE = wide("rkgqt,rkte->rkgqe", weights, cache.value).astype(q_RQHE.dtype)
+    return out_RKGQE.transpose(0, 3, 1, 2, 4).reshape(rows, queries, heads, size)
 
 
 def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:

@@ -118,7 +118,7 @@ def test_dtypes_are_what_the_config_says(family: str) -> None:
     params = jax.eval_shape(lambda: init_params(half, jax.random.key(0)))
     assert {leaf.dtype for leaf in named_leaves(params).values()} == {np.dtype(np.float32)}
     assert jax.eval_shape(half.apply, {"params": params}, *_inputs())[0].dtype == jnp.bfloat16
-    assert half.empty_cache(1, 3).key.dtype == jnp.bfloat16
+    assert half.empty_cache(1, 3).key[0].dtype == jnp.bfloat16
 
 
 def test_bf16_begins_with_a_margin_of_exactly_0() -> None:

@@ -1,0 +1,78 @@
+"""Prompts that share rows are read as they are alone; equal ones are read once."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpo_jax import prefill as module
+from dpo_jax.models import make_model
+from dpo_jax.prefill import _next_fit, prefill
+from tests.tiny import VOCAB, tiny_model, tiny_params
+
+ROOM = 3
+
+
+@pytest.fixture(params=["gpt2", "windows"])
+def model(request):
+    if request.param == "gpt2":
+        return tiny_model()
+    sizes = dict(vocab_size=VOCAB, context_length=32, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32)
+    return make_model("gemma2", {**sizes, "head_size": 4, "windows": (3, None)})
+
+
+def _prompts(rows: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, longest + 1, rows).astype(np.int32)
+    tokens = rng.integers(3, VOCAB, (rows, longest)).astype(np.int32)  # what stands after a prompt is not to be seen
+    tokens[rows // 2], lengths[rows // 2] = tokens[0], lengths[0]
+    return tokens, lengths
+
+
+@pytest.mark.parametrize(("row_length", "lanes"), [(512, 1), (9, 1), (9, 4), (2, 3)])
+def test_shared_rows_give_what_each_prompt_gives_alone(model, row_length: int, lanes: int, monkeypatch) -> None:
+    monkeypatch.setattr(module, "ROW", row_length)
+    params = {"params": tiny_params(model)}
+    tokens, lengths = _prompts(rows=14, longest=6)
+    read = jax.jit(functools.partial(prefill, model, room=ROOM, lanes=lanes))
+    last, cache = read(params, tokens, lengths)
+    apply, alone = jax.jit(model.apply), jax.jit(functools.partial(model.apply, method="read"))
+    position, mask = np.arange(tokens.shape[1])[None], np.tril(np.ones((1, tokens.shape[1], tokens.shape[1]), bool))
+    for r, n in enumerate(lengths):
+        hidden, key, value = alone(params, tokens[r : r + 1], position, mask)
+        # The same products in rows of another length: fp32 rounding of numbers of size 1.
+        np.testing.assert_allclose(hidden, apply(params, tokens[r : r + 1], position, mask)[0], atol=1e-5)
+        np.testing.assert_allclose(last[r], hidden[0, n - 1], atol=1e-5)
+        for found, expected in ((cache.key, key), (cache.value, value)):
+            np.testing.assert_allclose(np.stack(found)[:, r, :, :n], expected[:, 0, :, :n], atol=1e-5)
+        np.testing.assert_array_equal(cache.position[r, :n], np.arange(n))
+    assert {a.shape[2] for a in (*cache.key, *cache.value)} == {tokens.shape[1] + ROOM}
+
+
+def test_rows_are_filled_one_after_the_other() -> None:
+    start, used = jax.jit(functools.partial(_next_fit, row_length=10))(jnp.array([4, 6, 0, 7, 4, 0, 10, 1]))
+    np.testing.assert_array_equal(start, [0, 4, 10, 10, 20, 24, 30, 40])
+    assert int(used) == 5
+
+
+@pytest.mark.parametrize(("answers", "passes"), [(1, 4), (8, 1)])
+def test_no_row_is_read_for_prompts_already_seen(answers: int, passes: int, monkeypatch) -> None:
+    """Eight prompts of 5 tokens fill four rows of 10; the same prompt eight times is one row of them."""
+    monkeypatch.setattr(module, "ROW", 10)
+    tokens = np.repeat(np.arange(3, 3 + 5 * 8 // answers, dtype=np.int32).reshape(-1, 5), answers, axis=0)
+    model, count = tiny_model(), []
+    params = {"params": tiny_params(model)}
+    loop = jax.lax.fori_loop
+
+    def counted(lower, upper, body, init):
+        jax.debug.callback(lambda n: count.append(int(n)), upper)
+        return loop(lower, upper, body, init)
+
+    monkeypatch.setattr(jax.lax, "fori_loop", counted)
+    jax.block_until_ready(jax.jit(functools.partial(prefill, model, room=1))(params, tokens, np.full(8, 5, np.int32)))
+    jax.effects_barrier()
+    assert count[0] == passes
