@@ -43,7 +43,8 @@ $(STAMP): requirements.lock
 	@if [ ! -e $@ ]; then $(CHECK_PYTHON) && echo 'Creating $(VENV)' && $(PYTHON) -m venv --clear $(VENV); fi
 	@rm -f $@
 	@echo 'Installing requirements.lock into $(VENV): once, one or two minutes'
-	@$(RUN) pip install --quiet --disable-pip-version-check -r requirements.lock
+	@$(RUN) pip install --quiet --disable-pip-version-check --no-compile -r requirements.lock
+	@$(RUN) compileall -q -j 0 $(VENV)/lib >/dev/null || true  # on all cores; some packages hold files that are no programs
 	@touch $@
 
 lock:

@@ -5,9 +5,11 @@ python -m experiments.speed.losses --batches=runs/speed/small/batches.json --mod
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from absl import app, flags, logging
 
@@ -50,7 +52,10 @@ def main(_: Sequence[str]) -> None:
     for name in dict.fromkeys([BASE, *names]):
         workers[name] = Worker(Settings(**settings, loss=name))
         logging.info("%s is ready", name)
-    print(table(measure(workers, options.rounds)))
+    found = table(measure(workers, options.rounds))
+    path = Path(options.batches).with_name("losses.md")
+    path.write_text(found + "\n", encoding="utf-8")
+    print(f"{found}\n\n{options.rounds} rounds; load {os.getloadavg()[0]:.1f}. The table is in {path}.")
 
 
 if __name__ == "__main__":
