@@ -75,7 +75,9 @@ class Worker:
         self.shape = dataclasses.replace(
             shape, with_prompt=objective.needs_prompt, with_reference=settings.reference == "store"
         )
-        self.rows = max(len(self._lay_out(batch, rows=None).tokens_RL) for batch in map(_blank, examples))
+        batches = list(map(_blank, examples))
+        laid = batches + [mismatch(batch) for batch in batches if objective.needs_mismatched]
+        self.rows = max(len(self._lay_out(batch, rows=None).tokens_RL) for batch in laid)
         self.reference_seconds = 0.0
         if settings.reference == "store":
             examples = self._with_stored_reference(model, params, examples)

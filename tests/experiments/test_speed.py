@@ -121,7 +121,7 @@ def test_a_breakdown_says_what_a_step_does(worker: Worker) -> None:
 def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
     # orpo reads the prompt's log-probability, kto the answers of other examples.
     for name in ("orpo", "kto"):
-        assert np.isfinite(Worker(Settings(**common, layout="shared_prefix", loss=name)).take(0))  # type: ignore[arg-type]
+        assert np.isfinite(Worker(Settings(**common, loss=name)).take(0))  # type: ignore[arg-type]
 
 
 def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, object]) -> None:
