@@ -42,7 +42,7 @@ class Context:
       distance_RQT: int32, how many positions the key is back; None when no layer has a window.
       cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
       sin: the same.
-      start: cache slot of the first token; None without a cache.
+      start: cache slot of the first token; None where rows are whole.
     """
 
     sight: Array | Sight
@@ -233,20 +233,18 @@ class Attention(nn.Module):
 def attend_and_keep(
     config: DecoderConfig, q: Array, k: Array, v: Array, cache: Cache | None, layer: Layer, context: Context
 ) -> tuple[Array, Cache | None]:
-    """Rotates queries and keys, attends, and gives the new keys and values where there is a cache to keep them in.
+    """Rotates queries and keys, attends, and keeps keys and values where there is a cache.
 
     Returns:
-      (what the heads saw side by side [R, Q, H·E], the cache with these tokens in it).
+      (what the heads saw side by side [R, Q, H·E], the cache with these tokens in it; of whole rows, theirs alone).
     """
     q, k = context.turn(q, layer), context.turn(k, layer)
-    new = None if cache is None else kept(k, v)
-    if cache is None or new is None or not cache.key.size:
-        out = _attend_row(config, q, k, v, layer, context)
+    if cache is None or context.start is None:
+        out, cache = _attend_row(config, q, k, v, layer, context), None if cache is None else kept(k, v)
     else:
-        assert context.start is not None
-        new = extend(cache, new, context.start)
-        out = attend(q, context.seen(layer), new, scale=config.score_scale, cap=config.attention_cap)
-    return out.reshape(*out.shape[:2], -1), new
+        cache = extend(cache, kept(k, v), context.start)
+        out = attend(q, context.seen(layer), cache, scale=config.score_scale, cap=config.attention_cap)
+    return out.reshape(*out.shape[:2], -1), cache
 
 
 def _attend_row(config: DecoderConfig, q: Array, k: Array, v: Array, layer: Layer, context: Context) -> Array:
