@@ -24,6 +24,9 @@ def get_config() -> ConfigDict:
                 "answer_length": 55,  # tokens, longest answer with its EOS
                 "row_length": placeholder(int),  # positions of a row of the packed layout
                 "row_examples": 8,  # most examples in a row of the packed layout
+                # Packed layout: most answers to one prompt that its examples share. They lie together then, the prompt
+                # and each answer once: six pairs of four answers cost four. None places every example on its own.
+                "prompt_answers": placeholder(int),
                 "batch_size": 64,  # examples in a batch, over all devices; of the packed layout rows
                 "flip": 0.0,  # share of the training labels that are flipped, drawn by seed; held-out ones stay
                 # For the source "files":

@@ -84,6 +84,7 @@ def build(config: Config, *, vocab_size: int, answers: int, platform: str | None
             config.data.row_length,
             config.data.row_examples,
             with_reference=config.reference.store is not None,
+            prompt_answers=config.data.prompt_answers,
         ),
     )
 

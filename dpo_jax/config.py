@@ -40,6 +40,7 @@ class DataConfig:
     answer_length: int
     row_length: int | None
     row_examples: int
+    prompt_answers: int | None
     batch_size: int
     eval_path: str | None
     eval_share: float
@@ -297,6 +298,11 @@ def _check(c: Config) -> None:
         raise ValueError(
             f"config.model: unroll {c.model.unroll} must divide layers {c.model.layers}, and heads {c.model.heads} "
             f"must divide width {c.model.width}"
+        )
+    if c.data.prompt_answers is not None and c.data.layout != "packed":
+        raise ValueError(
+            f"config.data.prompt_answers is {c.data.prompt_answers}, and rows of the layout {c.data.layout!r} hold one "
+            "example: set config.data.layout=packed, or leave config.data.prompt_answers unset"
         )
     buckets.local(c.data.dir, "config.data.dir")
     buckets.local(c.reference.store or "", "config.reference.store")

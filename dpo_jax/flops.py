@@ -101,23 +101,20 @@ def useful_flops(
     return useful + without * (1 + reference) + only_scored.adapters
 
 
-def step_work(
-    model: nn.Module, params: Params, batch: TokenBatch, *, branches: int, reference: bool, scored_twice: bool
-) -> Work:
+def step_work(model: nn.Module, params: Params, batch: TokenBatch, *, reference: bool, scored_twice: bool) -> Work:
     """Counts a step.
 
     Args:
       model: with adapters where adapters are trained.
       params: its parameters, or their shapes.
       batch: the whole batch, as numpy arrays.
-      branches: most answers of a group; 1 where rows hold one answer each.
       reference: whether the reference is scored too.
       scored_twice: whether a coupled loss scores micro-batches once before it pulls them back.
     """
     config, adapted = model.config, lora.adapter_of(model) is not None
     useful = useful_flops(config, params, PreferenceBatch(batch), reference=reference, full=not adapted)
     forwards = reference + scored_twice
-    return Work(useful, _body(model, params, batch, branches, forwards) + _head(config, batch, forwards, adapted))
+    return Work(useful, _body(model, params, batch, forwards) + _head(config, batch, forwards, adapted))
 
 
 def dot_flops(jaxpr: Any, trips: int = 0) -> int:
@@ -158,7 +155,7 @@ def _needed(config: DecoderConfig, params: Params, rows: TokenBatch) -> Forward:
     return forward(config, params, tokens=int(real.sum()), pairs=pairs, targets=targets)
 
 
-def _body(model: nn.Module, params: Params, batch: TokenBatch, branches: int, forwards: int) -> float:
+def _body(model: nn.Module, params: Params, batch: TokenBatch, forwards: int) -> float:
     """What the layers compute in a step: both passes of what is trained, and ``forwards`` more of frozen parameters."""
     rows, length = batch.tokens_RL.shape
     row = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), batch)
@@ -166,7 +163,7 @@ def _body(model: nn.Module, params: Params, batch: TokenBatch, branches: int, fo
 
     def hidden(trained: Params, frozen: Params, row: TokenBatch) -> Any:
         variables = {"params": lora.join(frozen, trained)}
-        return model.apply(variables, row.tokens_RL, row.position_RL, sight(model, row, branches))[0]
+        return model.apply(variables, row.tokens_RL, row.position_RL, sight(model, row))[0]
 
     def both(trained: Params, frozen: Params, row: TokenBatch) -> Any:
         out, pull_back = jax.vjp(lambda p: hidden(p, frozen, row), trained)
@@ -176,13 +173,13 @@ def _body(model: nn.Module, params: Params, batch: TokenBatch, branches: int, fo
     blocks = block_count(length)
     trips = blocks * (blocks + 1) // 2  # as many pairs of blocks as rows of one sequence visit, each beside others
     dense = rows * (_needed_flops(trips, both, *split) + forwards * _needed_flops(trips, hidden, *split))
-    if not isinstance(jax.eval_shape(lambda r: sight(model, r, branches), row), Sight):
+    if not isinstance(jax.eval_shape(lambda r: sight(model, r), row), Sight):
         return dense
     c = model.config
     kept = REMAT[c.remat]
     passes = _FORWARD * (1 + forwards + (kept is not None and ATTENDED not in kept)) + _KERNEL_BACKWARD
     windows = [None if w >= length else w for w in _windows(c)]
-    seen = {w: visited_pairs(batch.group_RL, batch.branch_RL, branches, w) for w in set(windows)}
+    seen = {w: visited_pairs(batch.group_RL, batch.branch_RL, batch.branches, w) for w in set(windows)}
     return dense + 2.0 * passes * c.heads * c.size * sum(seen[w] for w in windows)
 
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax import lora
-from dpo_jax.logprobs import group, score, stored
+from dpo_jax.logprobs import group, members, score, stored
 from dpo_jax.losses.objective import Objective, Scored, Totals
 from dpo_jax.metrics import Metrics, Total
 from dpo_jax.state import ALONE, Axis, Hyper, StepConfig, TrainState
@@ -47,7 +47,7 @@ def make_gradient(model: nn.Module, objective: Objective, config: StepConfig, ax
         key = _dropout_keys(config, state.step, batch, axis)
         work = _begin(unbound.of(state), state, batch, hyper, axis, key)
         grads, metrics, loss_state = work.coupled() if objective.couples_batch else work.separable()
-        metrics = {**metrics, "tokens": Total(jnp.sum(batch.answers.weight_RM))}
+        metrics = {**metrics, "tokens": Total(jnp.sum(_counts(batch.answers)))}
         return axis.sum(grads), axis.sum(metrics), loss_state
 
     return gradient
@@ -242,8 +242,7 @@ def _dropout_keys(config: StepConfig, step: Array, batch: PreferenceBatch, axis:
 
 def _counts(batch: TokenBatch) -> Array:
     """Σ of weights by slot, [micro, R, S]."""
-    member = jax.nn.one_hot(batch.slot_RM, batch.role_RS.shape[-1], dtype=bool)
-    return jnp.sum(jnp.where(member, batch.weight_RM[..., None], 0.0), axis=-2)
+    return jax.vmap(lambda b: jnp.sum(jnp.where(members(b), b.weight_RM[:, :, None], 0.0), axis=1))(batch)
 
 
 def _flat(tree: Any) -> Any:

@@ -48,9 +48,7 @@ def score(
     Returns:
       SequenceLogps of shape [X, A, C].
     """
-    answers, slots = grouping
-    branches = 1 if batch.role_RS.shape[1] == slots else answers  # a row of one answer
-    return _sum_slots(target_scores(model, params, batch, chunk, dropout_key, branches), batch, grouping)
+    return _sum_slots(target_scores(model, params, batch, chunk, dropout_key), batch, grouping)
 
 
 def target_scores(
@@ -59,11 +57,10 @@ def target_scores(
     batch: TokenBatch,
     chunk: int,
     dropout_key: Array | None = None,
-    branches: int | None = None,
 ) -> TokenScores:
-    """Scores of all targets of a batch, [R, M]; ``branches``: most answers of a group, None when not known."""
+    """Scores of all targets of a batch, [R, M]."""
     variables = {"params": params}
-    mask = sight(model, batch, branches)
+    mask = sight(model, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
     states_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
@@ -74,12 +71,12 @@ def target_scores(
     return token_scores(hidden_RMD, head_VD, batch.target_RM, chunk, model.logit_cap, used_M)
 
 
-def sight(model: nn.Module, batch: TokenBatch, branches: int | None) -> Array | Sight:
-    """Who attends to whom, as the attention of a model reads it; ``branches``: most answers of a group."""
+def sight(model: nn.Module, batch: TokenBatch) -> Array | Sight:
+    """Who attends to whom, as the attention of a model reads it."""
     config = getattr(model, "config", None)
     if config is None or config.attention == "dense":
         return training_mask(batch.group_RL, batch.branch_RL)
-    return Sight(batch.group_RL, batch.branch_RL, branches or batch.role_RS.shape[1])
+    return Sight(batch.group_RL, batch.branch_RL, batch.branches)
 
 
 def stored(batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
@@ -209,18 +206,21 @@ def group(array_RS: Array, grouping: tuple[int, int]) -> Array:
     return array_RS.reshape(-1, *grouping)
 
 
-def _sum_slots(scores: TokenScores, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
-    slots = batch.role_RS.shape[1]
-    weight_RM = batch.weight_RM
-    member_RMS = jax.nn.one_hot(batch.slot_RM, slots, dtype=bool) & (weight_RM > 0)[:, :, None]
+def members(batch: TokenBatch) -> Array:
+    """Which targets count for which slots, bool [R, M, S]."""
+    return (batch.slot_RM[:, :, None] == batch.scored_RS[:, None, :]) & (batch.weight_RM > 0)[:, :, None]
 
-    def total(values_RM: Array) -> Array:
+
+def _sum_slots(scores: TokenScores, batch: TokenBatch, grouping: tuple[int, int]) -> SequenceLogps:
+    weight_RM, member_RMS = batch.weight_RM, members(batch)
+
+    def total(values_RM: Array, counted_RMS: Array = member_RMS) -> Array:
         # A masked sum rather than a matrix product, which some hardware would round to bf16.
-        return group(jnp.sum(jnp.where(member_RMS, (weight_RM * values_RM)[:, :, None], 0.0), axis=1), grouping)
+        return group(jnp.sum(jnp.where(counted_RMS, (weight_RM * values_RM)[:, :, None], 0.0), axis=1), grouping)
 
     return SequenceLogps(
         sum=total(scores.logp),
-        tail=total(jnp.where(_past_shortest(member_RMS, grouping), scores.logp, 0.0)),
+        tail=total(scores.logp, _past_shortest(member_RMS, grouping)),
         count=total(jnp.ones_like(weight_RM)),
         entropy=total(scores.entropy),
         overlap=total(jax.lax.stop_gradient(scores.logp) - scores.log_collision),
@@ -228,9 +228,9 @@ def _sum_slots(scores: TokenScores, batch: TokenBatch, grouping: tuple[int, int]
 
 
 def _past_shortest(member_RMS: Array, grouping: tuple[int, int]) -> Array:
-    """Which targets come after as many tokens as the shortest answer of their example has, bool [R, M]."""
+    """Which targets of a slot come after as many as the shortest answer of its example has, bool [R, M, S]."""
     length_XAC = group(jnp.sum(member_RMS, axis=1), grouping)
     shortest_XAC = jnp.broadcast_to(jnp.min(length_XAC, axis=1, keepdims=True), length_XAC.shape)
     shortest_RS = shortest_XAC.reshape(-1, member_RMS.shape[2])
     rank_RMS = jnp.cumsum(member_RMS, axis=1)  # 1 for a slot's first target
-    return jnp.any(member_RMS & (rank_RMS > shortest_RS[:, None, :]), axis=2)
+    return member_RMS & (rank_RMS > shortest_RS[:, None, :])

@@ -12,7 +12,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from dpo_jax.types import PreferenceBatch
+from dpo_jax.types import CHOSEN, REJECTED, PreferenceBatch
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"  # what jax reports for each program that XLA compiles
 Count = defaultdict[str, float]
@@ -26,7 +26,7 @@ class Meter:
     devices are asked for nothing.
 
     Args:
-      examples: in a batch.
+      answers: A, answers of an example.
       processes: of the run, each of which makes its share of the rows.
       flops: useful floating-point operations of the rows of a batch; None leaves MFU out.
       peak: FLOP/s of all chips together.
@@ -35,14 +35,14 @@ class Meter:
 
     def __init__(
         self,
-        examples: int,
+        answers: int,
         *,
         processes: int = 1,
         flops: Callable[[PreferenceBatch], float] | None = None,
         peak: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._examples, self._processes, self._flops, self._peak = examples, processes, flops, peak
+        self._answers, self._processes, self._flops, self._peak = answers, processes, flops, peak
         self._clock = clock
         self._begun: deque[Count] = deque()  # steps whose numbers have not come yet
         self._since: float | None = None
@@ -52,7 +52,9 @@ class Meter:
         """Takes the batch of the next step from the pipeline, and counts it and the wait for it."""
         asked = self._clock()
         batch = make()
-        count = Count(float, wait=self._clock() - asked, examples=self._examples, steps=1)
+        count = Count(float, wait=self._clock() - asked, steps=1)
+        own = int(np.isin(batch.answers.role_RS, (CHOSEN, REJECTED)).sum())
+        count["examples"] = self._processes * own / self._answers
         for rows in filter(None, (batch.answers, batch.mismatched)):
             count["positions"] += self._processes * rows.tokens_RL.size
             count["useful_tokens"] += self._processes * int(np.count_nonzero(rows.group_RL))

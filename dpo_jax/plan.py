@@ -151,8 +151,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     params = param_shapes(parts)
     coupled = parts.objective.couples_batch and config.train.micro_batches > 1
     scores = state.state.reference is not None
-    branches = 1 if config.data.layout == "concatenated" else parts.shape.answers
-    work = step_work(parts.model, params, batch.answers, branches=branches, reference=scores, scored_twice=coupled)
+    work = step_work(parts.model, params, batch.answers, reference=scores, scored_twice=coupled)
     traffic = None if text is None else collectives(text, len(parallel.devices)) if text else []
     seconds = _bounds(config, chip, parallel, work, traffic, held, scores)
     layout = f"{_axes(config, parallel)}; {_batch_words(config, batch.answers)}"

@@ -217,10 +217,9 @@ class ReferencePass:
         self._shape = replace(parts.shape, with_prompt=False, with_reference=False)
 
         model = rolled(lora.with_adapter(parts.model, None))
-        branches = 1 if self._layout == "concatenated" else parts.shape.answers
 
         def logps(params: Params, batch: TokenBatch) -> Array:
-            return target_scores(model, params, batch, config.train.head_chunk, branches=branches).logp
+            return target_scores(model, params, batch, config.train.head_chunk).logp
 
         self._logps = parallel.row_function(logps, "reference")
 

@@ -62,7 +62,8 @@ def save(workdir: Path, case: Case) -> Path:
     folder = workdir.absolute() / FOLDER / f"step_{number:06d}"
     folder.parent.mkdir(exist_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
-    numbers = {"vocab_size": case.vocab_size, "answers": case.answers, "steps": case.steps}
+    branches = case.batch.answers.branches
+    numbers = {"vocab_size": case.vocab_size, "answers": case.answers, "branches": branches, "steps": case.steps}
     meta = {"step": number, "config": json.loads(to_json(case.config)), **numbers}
     write(folder, {"state": case.state, "batch": case.batch}, meta)
     return folder
@@ -100,7 +101,7 @@ def load(folder: Path) -> Case:
     meta = read_meta(folder, int(number))
     config = from_dict(meta["config"])
     parts = builders.build(config, vocab_size=meta["vocab_size"], answers=meta["answers"])
-    like = {"state": builders.state_shapes(parts), "batch": _batch_like(meta["state"])}
+    like = {"state": builders.state_shapes(parts), "batch": _batch_like(meta["state"], meta["branches"])}
     content, _ = read(folder, like, int(number))
     return Case(config, content["state"], content["batch"], meta["vocab_size"], meta["answers"], meta["steps"])
 
@@ -131,7 +132,7 @@ def examine(case: Case) -> Finding | None:
     return Finding("the norm of the gradient, which overflows") if overflows else None
 
 
-def _batch_like(described: Mapping[str, str]) -> PreferenceBatch:
+def _batch_like(described: Mapping[str, str], branches: int) -> PreferenceBatch:
     """The shapes of a saved batch, from what its checkpoint says: ``{'batch/answers/tokens_RL': 'int32[8,63]', …}``."""
 
     def rows(part: str) -> TokenBatch | None:
@@ -139,7 +140,7 @@ def _batch_like(described: Mapping[str, str]) -> PreferenceBatch:
         if not described.keys() & set(names.values()):
             return None
         found = {name: _shape(described[path]) for name, path in names.items() if path in described}
-        return TokenBatch(**typing.cast(dict[str, Array], found))
+        return TokenBatch(**typing.cast(dict[str, Array], found), branches=branches)
 
     answers = rows("answers")
     assert answers is not None

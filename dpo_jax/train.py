@@ -342,16 +342,17 @@ class Trainer(OpenedRun):
             reads = self.parts.objective.needs_reference and self.config.reference.store is None
             model, full = self.parts.model.config, not is_adapted(self.parts)
             flops = partial(useful_flops, model, param_shapes(self.parts), reference=reads, full=full)
-        return Meter(self.config.data.batch_size, processes=jax.process_count(), flops=flops, peak=peak or 0.0)
+        return Meter(self.parts.shape.answers, processes=jax.process_count(), flops=flops, peak=peak or 0.0)
 
     def _announce(self, state: TrainState, start: int) -> None:
         logging.info(
-            "%s: %.2f M parameters trained, %d examples, %d steps of %d on %d device(s)%s",
+            "%s: %.2f M parameters trained, %d examples, %d steps of %d %s on %d device(s)%s",
             self.config.loss.name,
             parameter_count(state.params) / 1e6,
             len(self.data.train),
             self.steps,
             self.config.data.batch_size,
+            "rows" if self.config.data.layout == "packed" else "examples",
             len(self.parallel.devices),
             f"; continues after step {start}" if start else "",
         )

@@ -57,12 +57,15 @@ class TokenBatch:
       branch_RL: int32, 0 is the prompt, seen by every answer; 1, 2, … is one answer each.
       source_RM: int32, index in the row of the hidden state that predicts target m.
       target_RM: int32, the token to be predicted.
-      slot_RM: int32, which slot of the row the target counts for.
+      slot_RM: int32, which slot of the row the target is laid for.
       weight_RM: float32, 0 is padding or a masked turn, 1 counts; any weight ≥ 0 is allowed.
+      scored_RS: int32, the slot whose targets count for this one: itself or, where its answer repeats that of another
+        slot, the one whose targets are laid.
       role_RS: int32, what the slot holds: UNUSED, CHOSEN (or desirable), REJECTED (or undesirable) or PROMPT.
       score_RS: float32, the annotator's score of the answer, 0 where there is none.
       reference_RM: float32, stored log-probability of target m under the reference, nats; None where the reference is
         scored in the step.
+      branches: most answers of a group; static.
     """
 
     tokens_RL: Array
@@ -73,9 +76,11 @@ class TokenBatch:
     target_RM: Array
     slot_RM: Array
     weight_RM: Array
+    scored_RS: Array
     role_RS: Array
     score_RS: Array
     reference_RM: Array | None = None
+    branches: int = struct.field(pytree_node=False, default=1)
 
 
 @struct.dataclass

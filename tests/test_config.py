@@ -55,6 +55,7 @@ def test_a_config_survives_its_file() -> None:
             {"model.context_length": 63},
             "sequences of up to 64 tokens .* config.model.context_length 63",
         ),
+        ({"data.prompt_answers": 4}, "config.data.prompt_answers is 4, and rows of the layout 'concatenated' hold one"),
         ({"data.layout": "heap"}, "config.data.layout is 'heap'; known: concatenated, shared_prefix"),
         ({"data.batch_size": 0}, "config.data.batch_size is 0; expected more than 0"),
         ({"data.batch_size": 1.5}, r"config.data.batch_size is 1.5 \(float\); expected int"),

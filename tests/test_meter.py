@@ -54,7 +54,7 @@ def step(meter: Meter, clock: Clock, wait: float, seconds: float) -> None:
 
 def test_rates_leave_out_the_first_step_and_what_is_no_training() -> None:
     clock = Clock()
-    meter = Meter(1, processes=2, flops=lambda batch: 30.0, peak=80.0, clock=clock)
+    meter = Meter(2, processes=2, flops=lambda batch: 30.0, peak=80.0, clock=clock)
     step(meter, clock, 0.0, 60.0)  # compiles
     assert meter.window() == {}
     step(meter, clock, 0.5, 1.5)
@@ -62,7 +62,7 @@ def test_rates_leave_out_the_first_step_and_what_is_no_training() -> None:
     meter.restart()
     step(meter, clock, 0.0, 1.0)
     # Two steps in 3 s: rows of 2+3-1 and 2+1-1 tokens, in 2 rows of 3+4-1 positions, in each of two processes.
-    rates = {"tokens": 8 / 3, "useful_tokens": 2 * 2 * 6 / 3, "positions": 2 * 2 * 12 / 3, "examples": 2 / 3}
+    rates = {"tokens": 8 / 3, "useful_tokens": 2 * 2 * 6 / 3, "positions": 2 * 2 * 12 / 3, "examples": 2 * 2 / 3}
     expected = {f"{name}_per_second": rate for name, rate in rates.items()}
     expected |= {"step_seconds": 1.5, "data_wait_seconds": 0.25, "mfu": 2 * 2 * 30.0 / 3 / 80}
     assert meter.window() == pytest.approx(expected)
@@ -73,7 +73,7 @@ def test_rates_leave_out_the_first_step_and_what_is_no_training() -> None:
 
 def test_without_a_known_peak_there_is_no_mfu() -> None:
     clock = Clock()
-    meter = Meter(1, clock=clock)
+    meter = Meter(2, clock=clock)
     for _ in range(2):
         step(meter, clock, 0.0, 1.0)
     assert "mfu" not in meter.total()

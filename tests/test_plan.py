@@ -44,10 +44,10 @@ def test_products_of_a_forward_pass_are_those_of_a_sheet_of_paper() -> None:
 LAYER = 2 * 64 + 2 * 32 + 3 * 96  # weights of a layer: queries and output, keys and values, the MLP
 
 
-def _work(batch, *, branches: int = 1, reference: bool = True, adapter: Adapter | None = None, **sizes) -> Work:
+def _work(batch, *, reference: bool = True, adapter: Adapter | None = None, **sizes) -> Work:
     model = with_adapter(make_model("llama", {**SIZES, **sizes}), adapter)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return step_work(model, params, batch, branches=branches, reference=reference, scored_twice=False)
+    return step_work(model, params, batch, reference=reference, scored_twice=False)
 
 
 @pytest.fixture(scope="module")

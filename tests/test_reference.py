@@ -23,7 +23,7 @@ from dpo_jax.stopping import Stopped
 from dpo_jax.types import UNUSED
 from tests import tiny_run
 from tests.test_train import never
-from tests.tiny import random_examples
+from tests.tiny import random_examples, ranked_examples
 
 SHAPE = Shape(2, prompt_length=5, answer_length=8, row_length=30, row_examples=4)
 EXAMPLES = random_examples(20, SHAPE)
@@ -97,8 +97,10 @@ def test_every_batch_finds_its_log_probabilities_where_its_targets_are(layout: s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_a_layout_does_to_tokens_is_undone(layout: str) -> None:
-    batch = LAYOUTS[layout](EXAMPLES, SHAPE)
-    for example, found in zip(EXAMPLES, split_targets(batch.target_RM, batch, EXAMPLES), strict=True):
+    shape = replace(SHAPE, row_length=64, row_examples=6, prompt_answers=4)
+    examples = EXAMPLES + ranked_examples(3, shape)
+    batch = LAYOUTS[layout](examples, shape)
+    for example, found in zip(examples, split_targets(batch.target_RM, batch, examples), strict=True):
         for tokens, answer in zip(found, example.answers, strict=True):
             np.testing.assert_array_equal(tokens, answer.tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,20 @@ def random_examples(count: int, shape: Shape, seed: int = 0) -> list[Example]:
         )
         for i in range(count)
     ]
+
+
+def ranked_examples(prompts: int, shape: Shape, answers: int = 4) -> list[Example]:
+    """All pairs of several answers to each prompt, as a ranking gives them; each prompt is a family."""
+    rng = np.random.default_rng(5)
+    draw = lambda most: rng.integers(1, VOCAB, rng.integers(1, most + 1)).astype(np.int32)  # noqa: E731
+    found: list[Example] = []
+    for family in range(prompts):
+        prompt = np.append(draw(shape.prompt_length)[1:], family).astype(np.int32)  # no two are equal
+        ranked = [draw(shape.answer_length) for _ in range(answers)]
+        for better, worse in itertools.combinations(ranked, 2):
+            pair = make_answer(better, CHOSEN), make_answer(worse, REJECTED)
+            found.append(Example(len(found), prompt, pair, family))
+    return found
 
 
 @dataclass

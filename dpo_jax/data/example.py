@@ -26,6 +26,11 @@ class Answer:
     score: float = 0.0
     reference: np.ndarray | None = None
 
+    @property
+    def content(self) -> bytes:
+        """What is read and counted of it: answers of equal content after one prompt have equal scores."""
+        return np.asarray(self.tokens, np.int32).tobytes() + np.asarray(self.weights, np.float32).tobytes()
+
 
 @dataclass(frozen=True)
 class Example:
@@ -35,8 +40,11 @@ class Example:
       uid: identity of the example in its source: stable over epochs, shuffles and processes.
       prompt: int32 [p], with the BOS where the tokenizer has one; p ≥ 1, since the first target needs a source.
       answers: one or two answers.
+      family: examples of one family, one after the other, have their prompt in common and lie together in a packed row,
+        each different answer once; None is an example on its own.
     """
 
     uid: int
     prompt: np.ndarray
     answers: tuple[Answer, ...]
+    family: int | None = None

@@ -31,6 +31,7 @@ class Shape:
       with_reference: whether the answers carry stored log-probabilities of the reference.
       row_length: positions of a row of the packed layout; None where another layout is used.
       row_examples: most examples in a row of the packed layout.
+      prompt_answers: most different answers of a family in the packed layout; None where there are no families.
     """
 
     answers: int
@@ -40,6 +41,7 @@ class Shape:
     row_length: int | None = None
     row_examples: int = 8
     with_reference: bool = False
+    prompt_answers: int | None = None
 
     @property
     def sequence_length(self) -> int:
@@ -63,7 +65,7 @@ class _Row:
     def __init__(self) -> None:
         self.inputs: list[tuple[np.ndarray, np.ndarray, int, int]] = []  # tokens, positions, group, branch
         self.targets: list[_Targets] = []
-        self.slots: list[tuple[int, float]] = []  # role, score
+        self.slots: list[tuple[int, float, int]] = []  # role, score, the slot whose targets count
         self.length = 0
 
     def add_input(self, tokens: np.ndarray, first_position: int, group: int, branch: int) -> int:
@@ -80,28 +82,40 @@ class _Row:
         """
         start = self.add_input(answer.tokens[:-1], len(prompt), group, branch)
         sources = np.concatenate([[prompt_start + len(prompt) - 1], start + np.arange(len(answer.tokens) - 1)])
-        targets = _Targets(sources, answer.tokens, answer.weights, answer.reference, len(self.slots))
-        self.add_slot(targets, answer.role, answer.score)
+        self.targets.append(_Targets(sources, answer.tokens, answer.weights, answer.reference, len(self.slots)))
+        self.add_slot(answer.role, answer.score)
 
-    def add_example(self, example: Example, with_prompt: bool, group: int) -> None:
-        """Appends the prompt once, and its answers as branches."""
-        start = self.add_input(example.prompt, 0, group, branch=0)
-        for i, answer in enumerate(example.answers):
-            self.add_answer(start, example.prompt, answer, group, branch=i + 1)
-            if with_prompt:
-                self.add_prompt_slot(start, example.prompt, used=i == 0)
+    def add_family(self, examples: Sequence[Example], with_prompt: bool, group: int) -> None:
+        """Appends the prompt of all examples once, and each different answer once, as a branch."""
+        prompt = examples[0].prompt
+        start = self.add_input(prompt, 0, group, branch=0)
+        first = len(self.slots)
+        laid: dict[bytes, int] = {}
+        for example in examples:
+            for i, answer in enumerate(example.answers):
+                slot = laid.setdefault(answer.content, len(self.slots))
+                if slot == len(self.slots):
+                    self.add_answer(start, prompt, answer, group, branch=len(laid))
+                else:
+                    self.add_slot(answer.role, answer.score, slot)
+                if with_prompt:
+                    self.add_prompt_slot(start, prompt, used=i == 0, laid=first + 1)
 
-    def add_prompt_slot(self, prompt_start: int, prompt: np.ndarray, used: bool) -> None:
-        """A slot for the prompt's own targets; empty unless ``used``, so that a prompt counts once."""
-        n = len(prompt) - 1 if used else 0
-        # No loss reads the reference's log-probability of a prompt: 0 is stored for it.
-        ones, zeros = np.ones(n, np.float32), np.zeros(n, np.float32)
-        targets = _Targets(prompt_start + np.arange(n), prompt[1 : n + 1], ones, zeros, len(self.slots))
-        self.add_slot(targets, PROMPT if used else UNUSED, 0.0)
+    def add_prompt_slot(self, prompt_start: int, prompt: np.ndarray, used: bool, laid: int) -> None:
+        """A slot for the prompt's own targets; UNUSED unless ``used``, so that a prompt counts once an example.
 
-    def add_slot(self, targets: _Targets, role: int, score: float) -> None:
-        self.targets.append(targets)
-        self.slots.append((role, score))
+        The targets are laid in the slot ``laid``, a family's first.
+        """
+        slot = len(self.slots)
+        if slot == laid:
+            n = len(prompt) - 1
+            # No loss reads the reference's log-probability of a prompt: 0 is stored for it.
+            ones, zeros = np.ones(n, np.float32), np.zeros(n, np.float32)
+            self.targets.append(_Targets(prompt_start + np.arange(n), prompt[1:], ones, zeros, slot))
+        self.add_slot(PROMPT, 0.0, laid) if used else self.add_slot(UNUSED, 0.0)
+
+    def add_slot(self, role: int, score: float, scored: int | None = None) -> None:
+        self.slots.append((role, score, len(self.slots) if scored is None else scored))
 
 
 def concatenated(examples: Sequence[Example], shape: Shape) -> TokenBatch:
@@ -129,8 +143,8 @@ def concatenated(examples: Sequence[Example], shape: Shape) -> TokenBatch:
             row = _Row()
             start = row.add_input(example.prompt, 0, group=1, branch=0)
             row.add_answer(start, example.prompt, answer, group=1, branch=1)
-            if shape.with_prompt:
-                row.add_prompt_slot(start, example.prompt, used=i == 0)
+            if shape.with_prompt and i == 0:
+                row.add_prompt_slot(start, example.prompt, used=True, laid=1)
             rows.append(row)
     return _stack(rows, _size(shape, answers=1))
 
@@ -162,7 +176,7 @@ def shared_prefix(examples: Sequence[Example], shape: Shape) -> TokenBatch:
     for example in examples:
         _check(example, shape)
         row = _Row()
-        row.add_example(example, shape.with_prompt, group=1)
+        row.add_family([example], shape.with_prompt, group=1)
         rows.append(row)
     return _stack(rows, _size(shape, shape.answers))
 
@@ -182,6 +196,17 @@ def packed(examples: Sequence[Example], shape: Shape) -> TokenBatch:
         target    3 2 4 2 5 2 2 . . .
         slot      0 0 1 1 2 2 3 . . .
 
+    Examples of a family share a prompt and equal answers; (7, 8) → (3, 2), (4, 2) and (7, 8) → (5, 2), (3, 2)::
+
+        tokens    7 8 3 4 5 . . .
+        position  0 1 2 2 2 . . .
+        group     1 1 1 1 1 . . .
+        branch    0 0 1 2 3 . . .
+        source    1 2 1 3 1 4 . . . .
+        target    3 2 4 2 5 2 . . . .
+        slot      0 0 1 1 2 2 . . . .
+        scored    0 1 2 0               the second rejected answer is the first chosen one: its targets count twice
+
     Args:
       examples: X examples.
       shape: what each of them is promised to be, and the size of the rows.
@@ -193,24 +218,40 @@ def packed(examples: Sequence[Example], shape: Shape) -> TokenBatch:
     Raises:
       ValueError: an example is not what ``shape`` promises, or is longer than a row.
     """
+    most = shape.prompt_answers or shape.answers
     if shape.row_length is None:
         raise ValueError("data.row_length is not set; the packed layout needs the positions of a row")
     rows: list[_Row] = []
     taken = shape.row_examples
-    for example in examples:
-        _check(example, shape)
-        positions = len(example.prompt) + sum(len(a.tokens) - 1 for a in example.answers)
+    for family in _families(examples):
+        positions, answers = _measure(family, shape)
         if positions > shape.row_length:
             raise ValueError(
-                f"example {example.uid} takes {positions} positions, a row has {shape.row_length} (data.row_length); "
-                "raise that key, or truncate the example when encoding it"
+                f"example {family[0].uid} takes {positions} positions, a row has {shape.row_length} "
+                "(data.row_length); raise that key, or truncate the example when encoding it"
             )
-        if taken == shape.row_examples or rows[-1].length + positions > shape.row_length:
+        assert len(family) <= shape.row_examples and answers <= most
+        if taken + len(family) > shape.row_examples or rows[-1].length + positions > shape.row_length:
             rows.append(_Row())
             taken = 0
-        taken += 1
-        rows[-1].add_example(example, shape.with_prompt, group=taken)
-    return _stack(rows, _row_size(shape, shape.row_length))
+        rows[-1].add_family(family, shape.with_prompt, group=taken + 1)
+        taken += len(family)
+    return _stack(rows, _row_size(shape, shape.row_length, most))
+
+
+def _families(examples: Sequence[Example]) -> list[list[Example]]:
+    """Runs of examples of one family; those of none alone."""
+    names = [(e.family, e.prompt.tobytes() if e.family is not None else i) for i, e in enumerate(examples)]
+    runs = itertools.groupby(zip(names, examples, strict=True), key=lambda item: item[0])
+    return [[example for _, example in run] for _, run in runs]
+
+
+def _measure(family: Sequence[Example], shape: Shape) -> tuple[int, int]:
+    """(positions that a family takes, its different answers)."""
+    for example in family:
+        _check(example, shape)
+    answers = {answer.content: len(answer.tokens) - 1 for example in family for answer in example.answers}
+    return len(family[0].prompt) + sum(answers.values()), len(answers)
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Example], Shape], TokenBatch]] = {
@@ -240,11 +281,11 @@ def split_targets(
       For each example, [n] for each of its answers.
     """
     lengths = iter([len(answer.tokens) for example in examples for answer in example.answers])
-    found = []
-    for values_M, role_S in zip(values_RM, np.asarray(batch.role_RS), strict=True):
-        borders = np.cumsum([next(lengths) for _ in np.flatnonzero(role_S != UNUSED)])
-        found += np.split(values_M, borders)[:-1]
-    answers = iter(found)
+    slot_RM, scored_RS, role_RS = (np.asarray(a) for a in (batch.slot_RM, batch.scored_RS, batch.role_RS))
+    # The targets of a slot lie side by side, before padding, whose slot is 0.
+    places = zip(*np.nonzero(role_RS != UNUSED), strict=True)
+    first = ((r, int(np.argmax(slot_RM[r] == scored_RS[r, s]))) for r, s in places)
+    answers = iter([values_RM[r, start : start + n] for (r, start), n in zip(first, lengths, strict=True)])
     return [tuple(itertools.islice(answers, len(example.answers))) for example in examples]
 
 
@@ -270,6 +311,7 @@ class _Size:
     length: int
     targets: int
     slots: int
+    branches: int
     with_reference: bool
 
 
@@ -279,16 +321,21 @@ def _size(shape: Shape, answers: int) -> _Size:
         length=shape.prompt_length + answers * (shape.answer_length - 1),
         targets=answers * shape.answer_length + shape.with_prompt * (shape.prompt_length - 1),
         slots=answers * (1 + shape.with_prompt),
+        branches=answers,
         with_reference=shape.with_reference,
     )
 
 
-def _row_size(shape: Shape, row_length: int) -> _Size:
-    """A row of several examples. One of n positions has at most n + A − 1 targets, its prompt's included."""
+def _row_size(shape: Shape, row_length: int, branches: int) -> _Size:
+    """A row of several examples. One of n positions has at most n + A − 1 targets, its prompt's included.
+
+    A family has no more than its examples would have on their own.
+    """
     return _Size(
         length=row_length,
         targets=row_length + shape.row_examples * (shape.answers - 1),
         slots=shape.row_examples * shape.answers * (1 + shape.with_prompt),
+        branches=branches,
         with_reference=shape.with_reference,
     )
 
@@ -302,8 +349,9 @@ def _stack(rows: Sequence[_Row], size: _Size) -> TokenBatch:
     out = {
         name: np.zeros(shapes[name[-2:]], np.float32 if name in _FLOATS else np.int32)
         for name in TokenBatch.__dataclass_fields__
-        if name != "reference_RM" or size.with_reference
+        if name != "branches" and (name != "reference_RM" or size.with_reference)
     }
+    out["scored_RS"][:] = np.arange(size.slots)
     for r, row in enumerate(rows):
         at = 0
         for tokens, positions, group, branch in row.inputs:
@@ -318,6 +366,6 @@ def _stack(rows: Sequence[_Row], size: _Size) -> TokenBatch:
             if size.with_reference:
                 assert targets.reference is not None
                 out["reference_RM"][r, span] = targets.reference
-        for s, (role, score) in enumerate(row.slots):
-            out["role_RS"][r, s], out["score_RS"][r, s] = role, score
-    return TokenBatch(**out)
+        for s, (role, score, scored) in enumerate(row.slots):
+            out["role_RS"][r, s], out["score_RS"][r, s], out["scored_RS"][r, s] = role, score, scored
+    return TokenBatch(**out, branches=size.branches)

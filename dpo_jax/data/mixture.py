@@ -61,6 +61,10 @@ class Mixture:
         """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
         return self._rows_of([source.lengths() for source in self._sources])
 
+    def contents(self) -> np.ndarray:
+        """int64 [n, 1 + answers], hashes of the prompt and of each answer."""
+        return self._rows_of([source.contents() for source in self._sources])
+
     def roles(self) -> np.ndarray:
         """int [n, answers], roles of all answers."""
         return self._rows_of([source.roles() for source in self._sources])

@@ -57,9 +57,17 @@ class Flipped:
 
     def lengths(self) -> np.ndarray:
         """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
-        lengths = np.array(packing.example_lengths(self._source))
-        lengths[self._flipped, 1:] = lengths[self._flipped, :0:-1]
-        return lengths
+        return self._swapped(packing.example_lengths(self._source))
+
+    def contents(self) -> np.ndarray:
+        """int64 [n, 1 + answers], hashes of the prompt and of each answer."""
+        return self._swapped(packing.example_contents(self._source))
+
+    def _swapped(self, table: np.ndarray) -> np.ndarray:
+        """Columns of flipped answers the other way round; the first is the prompt's."""
+        table = np.array(table)
+        table[self._flipped, 1:] = table[self._flipped, :0:-1]
+        return table
 
 
 def flip(example: Example) -> Example:

@@ -8,11 +8,15 @@ buffer that does. Every example is in exactly one row. Rows of 10, the lengths 6
     row 0   6 3     buffer 6 7 3 2: 6 has waited longest, 3 is the longest of those that fit beside it
     row 1   7 2     buffer 7 2 4: 7, then 2 (4 does not fit)
     row 2   4
+
+Examples of one prompt can be kept together, as a *family* that lies in a row as one: a prompt once, and each different
+answer once. The six pairs of four answers take four answers' room, not twelve.
 """
 
 from __future__ import annotations
 
 import bisect
+import hashlib
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,9 +50,11 @@ class Rows:
 
 @runtime_checkable
 class Measured(Protocol):
-    """A source that knows the lengths of its examples without reading them."""
+    """A source that knows the lengths and the contents of its examples without reading them."""
 
     def lengths(self) -> np.ndarray: ...
+
+    def contents(self) -> np.ndarray: ...
 
 
 class Sized(Protocol):
@@ -72,6 +78,87 @@ def example_lengths(source: Sized) -> np.ndarray:
         return source.lengths()
     examples = (source[i] for i in range(len(source)))
     return np.array([[len(e.prompt), *(len(a.tokens) for a in e.answers)] for e in examples], np.int32)
+
+
+def example_contents(source: Sized) -> np.ndarray:
+    """Which prompts and answers of a source are equal.
+
+    Args:
+      source: the examples; read one by one unless it has ``contents()``.
+
+    Returns:
+      int64 [n, 1 + A], a hash of the prompt and of each answer: equal numbers are equal contents.
+    """
+    if isinstance(source, Measured):
+        return source.contents()
+    return np.array([contents_of(source[i]) for i in range(len(source))], np.int64)
+
+
+def contents_of(example: Example) -> list[int]:
+    """Hashes of an example's prompt and of each of its answers."""
+    parts = [np.asarray(example.prompt, np.int32).tobytes(), *(answer.content for answer in example.answers)]
+    return [int.from_bytes(hashlib.blake2b(p, digest_size=8).digest(), "big", signed=True) for p in parts]
+
+
+@dataclass(frozen=True)
+class Families:
+    """Examples that are placed as one.
+
+    Attributes:
+      members: indices of the examples of each family.
+      positions: int64 [families], positions that each takes in a row.
+    """
+
+    members: list[list[int]]
+    positions: np.ndarray
+
+    @property
+    def largest(self) -> int:
+        """Examples of the largest family."""
+        return max(map(len, self.members), default=1)
+
+
+def single(lengths: np.ndarray) -> Families:
+    """Every example on its own."""
+    return Families([[i] for i in range(len(lengths))], row_positions(lengths))
+
+
+def families(
+    lengths: np.ndarray, contents: np.ndarray, *, prompt_answers: int, row_length: int, row_examples: int
+) -> Families:
+    """Puts examples of equal prompts together; a family that outgrows a limit is followed by another of its prompt.
+
+    With prompts a a b a and answers (1, 2) (1, 3) (4, 5) (2, 3), the families are {0, 1, 3}, of the answers 1 2 3, and
+    {2}.
+
+    Args:
+      lengths: int [n, 1 + A], tokens of the prompt and of each answer.
+      contents: int64 [n, 1 + A], as from :func:`example_contents`.
+      prompt_answers: most different answers of a family.
+      row_length: positions of a row.
+      row_examples: most examples in a row.
+
+    Returns:
+      The families, in the order of their first examples.
+    """
+    found: list[list[int]] = []
+    sizes: list[int] = []
+    latest: dict[int, tuple[int, dict[int, int]]] = {}  # of each prompt: its latest family, and the answers there
+    for i, (prompt, *answers) in enumerate(contents.tolist()):
+        length, *rest = lengths[i].tolist()
+        own = {answer: n - 1 for answer, n in zip(answers, rest, strict=True)}
+        place, known = latest.get(prompt, (-1, {}))
+        joined = {**known, **own}
+        size = length + sum(joined.values())
+        full = place < 0 or len(joined) > prompt_answers or size > row_length or len(found[place]) == row_examples
+        if full:
+            place, joined, size = len(found), own, length + sum(own.values())
+            found.append([])
+            sizes.append(0)
+        found[place].append(i)
+        sizes[place] = size
+        latest[prompt] = place, joined
+    return Families(found, np.array(sizes, np.int64))
 
 
 def row_positions(lengths: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Protocol, runtime_checkable
 
@@ -40,6 +40,10 @@ class Described(Source, Protocol):
 
     def lengths(self) -> np.ndarray:
         """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
+        ...
+
+    def contents(self) -> np.ndarray:
+        """int64 [n, 1 + answers], hashes of the prompt and of each answer."""
         ...
 
     def roles(self) -> np.ndarray:
@@ -125,7 +129,8 @@ class Pipeline:
         self._packs = layout == "packed"
         self._order: _Packed | _Single
         if self._packs:
-            self._order = _Packed(packing.example_lengths(source), shape, batch_size, seed, mismatched)
+            _check_rows(shape, mismatched)
+            self._order = _Packed(_units(source, shape), shape, batch_size, seed)
         else:
             self._order = _Single(len(source), batch_size, seed)
 
@@ -162,7 +167,7 @@ class Pipeline:
             yield from (self.source[i] for i in range(len(self.source)))
             return
         for rows in self._order.in_order() if steps is None else map(self._order.rows, range(steps)):
-            examples = [e for row in rows for e in self._read(row)]
+            examples = [self.source[i] for row in rows for i in row.tolist()]
             yield from examples
             if self.mismatched:
                 yield from mismatch(examples)
@@ -206,13 +211,14 @@ class Pipeline:
         if not self._packs:
             return self._pad(self._share(others, self.batch_size), shape, self.batch_size)
         # Their lengths are not those of the plan: they are packed anew, into one batch's rows or a multiple of them.
-        plan = _plan(_lengths(others), np.arange(len(others)), shape)
+        plan = _plan(packing.single(_lengths(others)), np.arange(len(others)), shape)
         count = -(-len(plan) // self.batch_size) * self.batch_size
         share = self._share([plan[r] for r in range(len(plan))], count)
         return self._pad([others[i] for row in share for i in row], shape, count)
 
     def _read(self, indices: np.ndarray) -> list[Example]:
-        return [self.source[int(i)] for i in indices]
+        family = self._order.family
+        return [replace(self.source[i], family=family.get(i)) for i in indices.tolist()]
 
     def _share(self, rows: Sequence, count: int) -> Sequence:
         """This process's part of ``count`` places, of which the first are taken by ``rows``."""
@@ -250,6 +256,8 @@ class Pipeline:
 class _Single:
     """One example a place: batches run through shuffled epochs without regard to their borders."""
 
+    family: Mapping[int, int] = {}
+
     def __init__(self, count: int, batch_size: int, seed: int) -> None:
         self._count, self._batch_size = count, batch_size
         self._indices = grain.MapDataset.range(count).shuffle(seed=seed).repeat(None)
@@ -266,18 +274,16 @@ class _Single:
 
 
 class _Packed:
-    """Rows of several examples. Each epoch has a plan of its own, whose rows are spread evenly over its steps."""
+    """Rows of several examples. Each epoch has a plan of its own, whose rows are spread evenly over its steps.
 
-    def __init__(self, lengths: np.ndarray, shape: Shape, rows: int, seed: int, mismatched: bool) -> None:
-        if shape.row_length is None:
-            raise ValueError("data.row_length is not set; the packed layout needs the positions of a row")
-        longest = shape.prompt_length + shape.answers * (shape.answer_length - 1)
-        if mismatched and longest > shape.row_length:
-            raise ValueError(
-                f"this loss pairs prompts with other examples' answers, which takes up to {longest} positions; a row "
-                f"has {shape.row_length} (data.row_length): raise it, or lower data.prompt_length or data.answer_length"
-            )
-        self._lengths, self._shape, self._rows, self._seed = lengths, shape, rows, seed
+    Attributes:
+      family: of each example that has one.
+    """
+
+    def __init__(self, units: packing.Families, shape: Shape, rows: int, seed: int) -> None:
+        self._units, self._shape, self._rows, self._seed = units, shape, rows, seed
+        together = enumerate(units.members) if shape.prompt_answers else ()
+        self.family = {i: number for number, members in together for i in members}
         self._plan_of = functools.lru_cache(maxsize=2)(self._make_plan)
         self._first_steps = [0]  # step at which each epoch begins
 
@@ -295,7 +301,7 @@ class _Packed:
         return [plan[r] for r in range(borders[step - first], borders[step - first + 1])]
 
     def in_order(self) -> Iterator[list[np.ndarray]]:
-        plan = _plan(self._lengths, np.arange(len(self._lengths)), self._shape)
+        plan = _plan(self._units, np.arange(len(self._units.members)), self._shape)
         for start in range(0, len(plan), self._rows):
             yield [plan[r] for r in range(start, min(start + self._rows, len(plan)))]
 
@@ -308,12 +314,46 @@ class _Packed:
         return -(-len(plan) // self._rows)
 
     def _make_plan(self, epoch: int) -> packing.Rows:
-        return _plan(self._lengths, packing.shuffled(len(self._lengths), self._seed, epoch), self._shape)
+        return _plan(self._units, packing.shuffled(len(self._units.members), self._seed, epoch), self._shape)
 
 
-def _plan(lengths: np.ndarray, order: np.ndarray, shape: Shape) -> packing.Rows:
-    positions = packing.row_positions(lengths)
-    return packing.plan_rows(positions, order, row_length=shape.row_length or 0, row_examples=shape.row_examples)
+def _check_rows(shape: Shape, mismatched: bool) -> None:
+    if shape.row_length is None:
+        raise ValueError("data.row_length is not set; the packed layout needs the positions of a row")
+    if shape.prompt_answers is not None and shape.prompt_answers < shape.answers:
+        raise ValueError(
+            f"data.prompt_answers is {shape.prompt_answers}, and an example has {shape.answers} answers: set it to at "
+            "least as many, or leave it unset"
+        )
+    longest = shape.prompt_length + shape.answers * (shape.answer_length - 1)
+    if mismatched and longest > shape.row_length:
+        raise ValueError(
+            f"this loss pairs prompts with other examples' answers, which takes up to {longest} positions; a row "
+            f"has {shape.row_length} (data.row_length): raise it, or lower data.prompt_length or data.answer_length"
+        )
+
+
+def _units(source: Source, shape: Shape) -> packing.Families:
+    """What is placed in rows as one: examples, or families of them."""
+    lengths = packing.example_lengths(source)
+    if shape.prompt_answers is None:
+        return packing.single(lengths)
+    return packing.families(
+        lengths,
+        packing.example_contents(source),
+        prompt_answers=shape.prompt_answers,
+        row_length=shape.row_length or 0,
+        row_examples=shape.row_examples,
+    )
+
+
+def _plan(units: packing.Families, order: np.ndarray, shape: Shape) -> packing.Rows:
+    """Which examples lie in each row, those of a unit side by side."""
+    places = packing.plan_rows(
+        units.positions, order, row_length=shape.row_length or 0, row_examples=shape.row_examples // units.largest
+    )
+    rows = [[i for unit in places[r].tolist() for i in units.members[unit]] for r in range(len(places))]
+    return packing.Rows(np.array([i for row in rows for i in row], np.int64), np.cumsum([0, *map(len, rows)]))
 
 
 def _lengths(examples: Sequence[Example]) -> np.ndarray:
@@ -352,4 +392,4 @@ def mismatch(examples: Sequence[Example]) -> list[Example]:
         ring = [(place + shift) % len(order) for shift in range(1, len(order))]
         other = next((p for p in ring if prompts[p] != prompts[place]), (place + 1) % len(order))
         donors[i] = order[other]
-    return [replace(e, answers=examples[donors[i]].answers) for i, e in enumerate(examples)]
+    return [replace(e, answers=examples[donors[i]].answers, family=None) for i, e in enumerate(examples)]

@@ -16,9 +16,10 @@ prompt_text     text      for reading only
 answer_texts    texts     for reading only
 ==============  ========  =======================================================
 
-The lengths and roles of all examples lie beside the records: ``SPLIT.lengths``, int32 [n, 1 + answers], tokens of the
-prompt and of each answer, and ``SPLIT.roles``, int8 [n, answers]. ``prepared.json`` in the same folder says how many
-examples there are, which tokenizer encoded them and how they were made. ``prepared_writer.py`` writes all of it.
+What is asked of all examples at once lies beside the records: ``SPLIT.lengths``, int32 [n, 1 + answers], tokens of the
+prompt and of each answer; ``SPLIT.contents``, int64 of the same shape, hashes of them; and ``SPLIT.roles``, int8 [n,
+answers]. ``prepared.json`` in the same folder says how many examples there are, which tokenizer encoded them and how
+they were made. ``prepared_writer.py`` writes all of it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from dpo_jax.data import packing
 from dpo_jax.data.example import Answer, Example
 
 METADATA_FILE = "prepared.json"
@@ -68,6 +70,11 @@ class Metadata:
 def lengths_file(split: str) -> str:
     """Name of the file with the lengths of a split."""
     return f"{split}.lengths"
+
+
+def contents_file(split: str) -> str:
+    """Name of the file with the hashes of a split's prompts and answers."""
+    return f"{split}.contents"
 
 
 def roles_file(split: str) -> str:
@@ -220,6 +227,18 @@ class PreparedExamples:
         # Written before lengths lay beside the records.
         rows = (self._row(i) for i in range(len(self)))
         return np.array([[len(row["prompt"]), *row["answer_lengths"]] for row in rows], np.int32)
+
+    def contents(self) -> np.ndarray:
+        """Hashes of all prompts and answers, without reading the examples.
+
+        Returns:
+          int64 [n, 1 + answers], as of :func:`dpo_jax.data.packing.example_contents`.
+        """
+        path = self._folder / contents_file(self._split)
+        if path.name in self.metadata.sizes:
+            return np.fromfile(path, np.int64).reshape(len(self), 1 + self.answers)
+        # Written before hashes lay beside the records.
+        return np.array([packing.contents_of(example) for example in self], np.int64)
 
     def roles(self) -> np.ndarray:
         """Roles of all answers, without reading the examples.

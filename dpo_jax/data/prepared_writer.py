@@ -14,9 +14,17 @@ import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python import array_record_module
 
-from dpo_jax.data import folders
+from dpo_jax.data import folders, packing
 from dpo_jax.data.example import Example
-from dpo_jax.data.prepared import FORMAT_VERSION, METADATA_FILE, Metadata, features, lengths_file, roles_file
+from dpo_jax.data.prepared import (
+    FORMAT_VERSION,
+    METADATA_FILE,
+    Metadata,
+    contents_file,
+    features,
+    lengths_file,
+    roles_file,
+)
 
 MAX_SHARD_BYTES = 256 * 2**20
 
@@ -66,11 +74,12 @@ def write_examples(
         answers: dict[str, int] = {}
         tokens: dict[str, list[int]] = {}
         for split, examples in splits.items():
-            with (
-                (incomplete / lengths_file(split)).open("wb") as lengths,
-                (incomplete / roles_file(split)).open("wb") as roles,
-            ):
-                content = _Content(split, to_text, lengths, roles)
+            with contextlib.ExitStack() as files:
+                tables = [
+                    files.enter_context((incomplete / name_of(split)).open("wb"))
+                    for name_of in (lengths_file, contents_file, roles_file)
+                ]
+                content = _Content(split, to_text, *tables)
                 infos.append(_write_records(content.records(examples), template.replace(split=split), max_shard_bytes))
             fingerprints[split], answers[split] = content.digest.hexdigest(), content.answers
             tokens[split] = [content.least, content.greatest]
@@ -89,7 +98,7 @@ def write_examples(
             fingerprints=fingerprints,
             sizes={
                 path.name: path.stat().st_size
-                for pattern in ("*.array_record*", "*.lengths", "*.roles")
+                for pattern in ("*.array_record*", "*.lengths", "*.contents", "*.roles")
                 for path in sorted(incomplete.glob(pattern))
             },
             details=dict(details() if callable(details) else details or {}),
@@ -104,12 +113,18 @@ class _Content:
     """What is known of a split once all its records have gone by."""
 
     def __init__(
-        self, split: str, to_text: Callable[[np.ndarray], str] | None, lengths: BinaryIO, roles: BinaryIO
+        self,
+        split: str,
+        to_text: Callable[[np.ndarray], str] | None,
+        lengths: BinaryIO,
+        contents: BinaryIO,
+        roles: BinaryIO,
     ) -> None:
         self.digest = hashlib.sha256()
         self.answers = 0
         self.least, self.greatest = np.iinfo(np.int32).max, np.iinfo(np.int32).min  # of the tokens
-        self._split, self._to_text, self._lengths, self._roles = split, to_text, lengths, roles
+        self._split, self._to_text = split, to_text
+        self._lengths, self._contents, self._roles = lengths, contents, roles
 
     def records(self, examples: Iterable[Example]) -> Iterator[bytes]:
         serialize = features().serialize_example
@@ -118,6 +133,7 @@ class _Content:
             self._count(example)
             self._add(record)
             self._lengths.write(np.array([len(record["prompt"]), *record["answer_lengths"]], np.int32).tobytes())
+            self._contents.write(np.array(packing.contents_of(example), np.int64).tobytes())
             self._roles.write(record["roles"].astype(np.int8).tobytes())
             for tokens in (record["prompt"], record["answer_tokens"]):
                 self.least, self.greatest = min(self.least, int(tokens.min())), max(self.greatest, int(tokens.max()))

@@ -83,6 +83,7 @@ def rows(
         ids[:, 1:],
         slot,
         weight,
+        np.broadcast_to(np.arange(role_RS.shape[1], dtype=np.int32), role_RS.shape),
         role_RS.astype(np.int32),
         score,
     )

@@ -12,7 +12,7 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, concatenated, packed, pad_rows, shared_prefix
 from dpo_jax.logprobs import score
 from dpo_jax.types import CHOSEN, PROMPT, REJECTED, UNUSED
-from tests.tiny import jit_score, lay_out, make_answer, random_examples, tiny_model, tiny_params
+from tests.tiny import jit_score, lay_out, make_answer, random_examples, ranked_examples, tiny_model, tiny_params
 
 EXAMPLE = Example(0, np.array([7, 8], np.int32), (make_answer([3, 2], CHOSEN, 0.5), make_answer([4, 2], REJECTED)))
 SECOND = Example(1, np.array([9], np.int32), (make_answer([5, 2], CHOSEN), make_answer([2], REJECTED, 0.25)))
@@ -59,6 +59,28 @@ def test_packed_is_the_table_of_its_docstring() -> None:
     np.testing.assert_array_equal(batch.score_RS, [[0.5, 0, 0, 0.25]])
 
 
+def test_a_family_is_the_table_of_its_docstring() -> None:
+    third = make_answer([5, 2], CHOSEN)
+    first = replace(EXAMPLE, family=3)
+    second = Example(1, EXAMPLE.prompt, (third, replace(EXAMPLE.answers[0], role=REJECTED)), family=3)
+    batch = packed([first, second], replace(SHAPE, prompt_answers=3))
+    np.testing.assert_array_equal(batch.tokens_RL, [[7, 8, 3, 4, 5, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.position_RL, [[0, 1, 2, 2, 2, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.group_RL, [[1, 1, 1, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.branch_RL, [[0, 0, 1, 2, 3, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.source_RM, [[1, 2, 1, 3, 1, 4, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.target_RM, [[3, 2, 4, 2, 5, 2, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.slot_RM, [[0, 0, 1, 1, 2, 2, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.scored_RS, [[0, 1, 2, 0]])
+    np.testing.assert_array_equal(batch.role_RS, [[CHOSEN, REJECTED, CHOSEN, REJECTED]])
+    assert batch.branches == 3
+
+
+def test_examples_of_one_number_and_other_prompts_are_no_family() -> None:
+    batch = packed([replace(EXAMPLE, family=0), replace(SECOND, family=0)], replace(SHAPE, prompt_answers=4))
+    np.testing.assert_array_equal(batch.tokens_RL, packed([EXAMPLE, SECOND], SHAPE).tokens_RL)
+
+
 def test_a_packed_row_ends_where_the_next_example_does_not_fit_and_at_its_most_examples() -> None:
     by_room = packed([EXAMPLE, SECOND, EXAMPLE], replace(SHAPE, row_length=7, row_examples=5))
     assert [sorted(set(row)) for row in by_room.group_RL.tolist()] == [[0, 1, 2], [0, 1]]
@@ -84,11 +106,13 @@ def test_a_prompt_counts_once_in_its_own_slot(layout: str) -> None:
 @pytest.mark.parametrize("with_prompt", [False, True])
 def test_layouts_give_the_same_scores_and_pull_backs(with_prompt: bool) -> None:
     """A loss sees the scores alone: where their values and pull-backs are equal, so are those of every loss."""
-    shape = Shape(2, prompt_length=6, answer_length=9, with_prompt=with_prompt, row_length=40, row_examples=4)
-    examples = random_examples(7, shape)
     model = tiny_model()
     params = tiny_params(model)
     fields = ("sum", "tail", "count", "entropy", "overlap")
+    shape = Shape(
+        2, prompt_length=6, answer_length=9, with_prompt=with_prompt, row_length=40, row_examples=6, prompt_answers=4
+    )
+    examples = random_examples(5, shape) + ranked_examples(1, shape)
 
     def scores(layout: str):
         batch = LAYOUTS[layout](examples, shape)

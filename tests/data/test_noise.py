@@ -50,8 +50,10 @@ def test_larger_shares_hold_smaller_ones_and_seeds_differ() -> None:
     assert len(prints) == 4
 
 
-def test_lengths_are_those_of_the_flipped_examples() -> None:
+def test_lengths_and_contents_are_those_of_the_flipped_examples() -> None:
     noisy = Flipped(make_examples(20, 2, 0), 0.5, 0, "x")
     read_one_by_one = packing.example_lengths([noisy[i] for i in range(20)])
     np.testing.assert_array_equal(packing.example_lengths(noisy), read_one_by_one)
     assert (read_one_by_one != packing.example_lengths(make_examples(20, 2, 0))).any()
+    contents = [packing.contents_of(noisy[i]) for i in range(20)]
+    np.testing.assert_array_equal(packing.example_contents(noisy), contents)

@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_jax.data import packing
+from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
 from dpo_jax.data.pipeline import mismatch
 from dpo_jax.losses import LOSSES
 from dpo_jax.types import PreferenceBatch
-from tests.tiny import random_examples, setup
+from tests.tiny import make_answer, random_examples, ranked_examples, setup
 
 
 def plan(sizes, order=None, **options):
@@ -80,6 +81,54 @@ def test_positions_are_those_that_the_layout_fills() -> None:
     assert packing.row_positions(packing.example_lengths(examples)).tolist() == filled.tolist()
 
 
+def families(examples, shape: Shape) -> packing.Families:
+    return packing.families(
+        packing.example_lengths(examples),
+        packing.example_contents(examples),
+        prompt_answers=shape.prompt_answers or 0,
+        row_length=shape.row_length or 0,
+        row_examples=shape.row_examples,
+    )
+
+
+def test_families_are_those_of_the_docstring() -> None:
+    prompts = [[1], [1], [2], [1]]
+    answers = [(3, 4), (3, 5), (6, 7), (4, 5)]
+    examples = [
+        Example(i, np.array(p, np.int32), tuple(make_answer([a, 2]) for a in pair))
+        for i, (p, pair) in enumerate(zip(prompts, answers, strict=True))
+    ]
+    shape = Shape(2, 1, 2, row_length=10, row_examples=6, prompt_answers=3)
+    found = families(examples, shape)
+    assert found.members == [[0, 1, 3], [2]] and found.positions.tolist() == [4, 3] and found.largest == 3
+    # Of two answers, three or more positions, and two examples at most.
+    assert families(examples, replace(shape, prompt_answers=2)).members == [[0], [1], [2], [3]]
+    assert families(examples, replace(shape, row_length=3)).members == [[0], [1], [2], [3]]
+    assert families(examples, replace(shape, row_examples=2)).members == [[0, 1], [2], [3]]
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=40),
+    st.integers(2, 5),
+    st.integers(1, 7),
+)
+def test_families_hold_every_example_once_within_their_limits(drawn, prompt_answers, row_examples) -> None:
+    words = [np.arange(10 * i, 10 * i + 1 + i % 3, dtype=np.int32) for i in range(6)]
+    examples = [
+        Example(i, words[prompt], (make_answer(words[a]), make_answer(words[b])))
+        for i, (prompt, a, b) in enumerate(drawn)
+    ]
+    shape = Shape(2, 3, 3, row_length=7, row_examples=row_examples, prompt_answers=prompt_answers)
+    found = families(examples, shape)
+    assert sorted(i for members in found.members for i in members) == list(range(len(examples)))
+    for number, (members, positions) in enumerate(zip(found.members, found.positions, strict=True)):
+        own = [replace(examples[i], family=number) for i in members]
+        assert len({e.prompt.tobytes() for e in own}) == 1 and len(own) <= row_examples
+        batch = LAYOUTS["packed"](own, shape)
+        assert batch.branch_RL.max() <= prompt_answers
+        assert (batch.group_RL != 0).sum(axis=1).tolist() == [positions]
+
+
 def in_plan(examples, shape: Shape):
     rows = packing.plan_rows(
         packing.row_positions(packing.example_lengths(examples)),
@@ -91,15 +140,17 @@ def in_plan(examples, shape: Shape):
 
 
 @pytest.mark.parametrize("loss", ["dpo", "kto", "orpo", "aot"])
-def test_packing_changes_no_loss_metric_or_gradient(loss: str) -> None:
+@pytest.mark.parametrize("prompt_answers", [None, 4])
+def test_packing_changes_no_loss_metric_or_gradient(loss: str, prompt_answers: int | None) -> None:
     entry = LOSSES[loss]
-    shape = Shape(2, 5, 8, entry.needs_prompt, row_length=30, row_examples=4)
-    examples = random_examples(16, shape)
+    shape = Shape(2, 5, 8, entry.needs_prompt, row_length=30, row_examples=6, prompt_answers=prompt_answers)
+    examples = random_examples(16, shape) if prompt_answers is None else ranked_examples(4, shape)
 
     def batch(layout: str) -> PreferenceBatch:
         ordered, others = examples, mismatch(examples)
         if layout == "packed":
-            ordered, others = in_plan(examples, shape), in_plan(others, shape)
+            ordered = in_plan(examples, shape) if prompt_answers is None else examples
+            others = in_plan(others, shape)
         rows = LAYOUTS[layout](ordered, shape)
         rows = pad_rows(rows, rows.tokens_RL.shape[0] + 2)
         second = LAYOUTS[layout](others, replace(shape, with_prompt=False)) if entry.needs_mismatched else None

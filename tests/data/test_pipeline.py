@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import islice
 
 import jax
@@ -12,8 +13,8 @@ import pytest
 
 from dpo_jax.data.layouts import LAYOUTS, Shape
 from dpo_jax.data.pipeline import Pipeline
-from dpo_jax.types import UNUSED
-from tests.tiny import random_examples
+from dpo_jax.types import CHOSEN, UNUSED
+from tests.tiny import random_examples, ranked_examples
 
 SHAPE = Shape(2, prompt_length=5, answer_length=8, row_length=30, row_examples=4)
 COUNT = 60
@@ -95,6 +96,29 @@ def test_every_packed_batch_has_the_same_shape_and_full_rows() -> None:
     assert numbers["compiled_shapes"] == 1
     assert numbers["padding_share"] < 0.12
     assert numbers["useful_tokens_per_row"] == pytest.approx(30 * (1 - numbers["padding_share"]))
+
+
+def test_examples_of_a_prompt_stay_together_and_an_epoch_holds_them_once() -> None:
+    shape = Shape(2, prompt_length=5, answer_length=8, row_length=64, row_examples=24, prompt_answers=4)
+    ranked = [replace(e, family=None) for e in ranked_examples(30, shape)]
+    rng = np.random.default_rng(0)
+    source = [ranked[i] for i in rng.permutation(len(ranked))]
+    made = pipeline(source=source, shape=shape, batch_size=2)
+    for batches in ([made.batch(s) for s in range(made.steps(1.0))], list(made.eval_batches())):
+        rows = [batch.answers for batch in batches]
+        assert all(b.tokens_RL.shape == (2, 64) and b.branches == 4 for b in rows)
+        # Six pairs and four answers to a group: all that there are of its prompt.
+        pairs = sum(int((b.role_RS == CHOSEN).sum()) for b in rows)
+        groups = [tuple(b.branch_RL[r][b.group_RL[r] == g]) for b in rows for r in (0, 1) for g in set(b.group_RL[r])]
+        laid = [max(branches) for branches in groups if 0 in branches and max(branches)]
+        assert pairs == 180 and len(laid) == 30 and max(laid) == 4
+    padded = pipeline(source=source, shape=replace(shape, prompt_answers=None), batch_size=2)
+    assert made.steps(1.0) < padded.steps(1.0) / 2
+    assert_equal(list(islice(made.train_batches(3), 2))[1], made.batch(4))
+    with_mismatched = pipeline(source=source, shape=shape, batch_size=2, mismatched=True).batch(0)
+    assert (with_mismatched.mismatched.role_RS == CHOSEN).sum() == (with_mismatched.answers.role_RS == CHOSEN).sum()
+    with pytest.raises(ValueError, match="data.prompt_answers is 1, and an example has 2 answers"):
+        pipeline(shape=replace(SHAPE, prompt_answers=1))
 
 
 def test_mismatched_answers_of_packed_rows_are_all_there() -> None:

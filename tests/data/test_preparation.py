@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from configs import base
 from dpo_jax import sources
 from dpo_jax.config import from_config_dict
-from dpo_jax.data import preparation
+from dpo_jax.data import packing, preparation
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.formats import parse_row
@@ -177,6 +177,8 @@ def test_a_mixture_holds_each_source_as_often_as_its_weight_says(tmp_path: Path)
     assert sorted(Counter(uids[40 + i] for i in range(10)).items()) == [(2, 5), (3, 5)]
     lengths = [[len(e.prompt), *(len(a.tokens) for a in e.answers)] for e in (mixed[i] for i in range(len(mixed)))]
     assert mixed.lengths().tolist() == lengths
+    contents = [packing.contents_of(mixed[i]) for i in range(len(mixed))]
+    assert mixed.contents().tolist() == contents and len({row[0] for row in contents}) == len(uids)
     assert mixed.fingerprint == Mixture(sources, [0.5, 2.5]).fingerprint
     assert (
         mixed.fingerprint

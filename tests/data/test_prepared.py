@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from dpo_jax import types
-from dpo_jax.data import pairs, prepared
+from dpo_jax.data import packing, pairs, prepared
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.prepared_writer import write_examples
 
@@ -219,7 +219,7 @@ def test_another_version_of_the_format_is_refused(tmp_path):
         prepared.read_metadata(tmp_path / "data")
 
 
-def test_a_folder_without_roles_and_tokens_beside_its_records_is_read_for_them(tmp_path):
+def test_a_folder_without_roles_contents_and_tokens_beside_its_records_is_read_for_them(tmp_path):
     write(tmp_path / "data", {"train": [pair(0, 9), pair(1)]})
     new = prepared.PreparedExamples(tmp_path / "data", "train")
     path = tmp_path / "data" / prepared.METADATA_FILE
@@ -230,6 +230,7 @@ def test_a_folder_without_roles_and_tokens_beside_its_records_is_read_for_them(t
     old = prepared.PreparedExamples(tmp_path / "data", "train")
     assert old.roles().tolist() == new.roles().tolist()
     assert old.lengths().tolist() == new.lengths().tolist()
+    assert old.contents().tolist() == new.contents().tolist() == packing.example_contents([new[0], new[1]]).tolist()
     assert old.token_range() == new.token_range() == (0, 31)
 
 
