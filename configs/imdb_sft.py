@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config.parallel.devices = 1  # four rows are too few to share
     config.loss.name = "sft"
     config.optim.update(learning_rate=1e-3, b2=0.98, weight_decay=0.1, warmup_steps=60)
-    config.train.steps = 1200
-    config.eval.every = 300
-    config.checkpoint.every = 300
+    config.train.steps = 1000
+    config.eval.every = 250
+    config.checkpoint.every = 250
     return config

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 
 def get_config(stage: str = "dpo") -> ConfigDict:
-    config = importlib.import_module(f"configs.imdb_{stage}").get_config()
+    argument = ["pairs"] if stage == "dpo" else []
+    config = importlib.import_module(f"configs.imdb_{stage}").get_config(*argument)
     config.data.vocab_size = 1024
     config.data.answer_length = 32 - config.data.prompt_length
     config.model.update(context_length=32, width=64, layers=2, heads=2, mlp_width=256, unroll=2)

@@ -23,6 +23,7 @@ def get_config(stage: str = "dpo") -> ConfigDict:
         config.optim.learning_rate = 4e-3
     if stage == "dpo":
         config.eval.prompts = 256
+        config.data.row_length = 192
         config.optim.learning_rate = 2e-3
         config.train.epochs = 2.0
     return config

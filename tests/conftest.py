@@ -8,8 +8,10 @@ import tempfile
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Eight devices, so that programs for several devices run anywhere; what is compiled here runs once or twice.
-    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+    # Eight devices, so that programs for several devices run anywhere. What is compiled here runs once or twice: a third
+    # of the tests' time goes with optimization and with the emitters of fused loops, which are made for fast programs.
+    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_use_fusion_emitters=false",
     # Threads of XLA's pool: with one for each of a few cores, collectives of eight devices can wait for ever.
     NPROC="32",
     # Nothing is fetched: tests use what the repository and its packages hold.
@@ -17,7 +19,8 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     NO_GCE_CHECK="true",
     MPLBACKEND="Agg",
-    # Compiled programs are kept for the other processes of these tests.
+    # Compiled programs are kept for the other processes of these tests, small ones too, as for runs (dpo_jax/main.py).
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
     JAX_COMPILATION_CACHE_DIR=(
         os.environ["JAX_COMPILATION_CACHE_DIR"]
         if "PYTEST_XDIST_WORKER" in os.environ

@@ -27,7 +27,7 @@ BATCH, EXAMPLES = 4, 26  # an epoch of 6.5 steps: epochs end in the middle of a 
 
 
 # How programs are compiled that tests start: as those of the tests themselves (conftest.py).
-COMPILED = "--xla_backend_optimization_level=0"
+COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def write_data(folder: Path, *, answers: int = 2, seed: int = 0, longest: int = 8, name: str = "examples") -> Path:

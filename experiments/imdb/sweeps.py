@@ -30,7 +30,7 @@ def get_base(size: str, every: int) -> ConfigDict:
       size: full, small or quick.
       every: steps between two evaluations; of quick, 8.
     """
-    config = small.get_config("dpo") if size == "small" else imdb_dpo.get_config()
+    config = small.get_config("dpo") if size == "small" else imdb_dpo.get_config("pairs")
     folder = source_of(size)
     config.data.update(path=f"{folder}/{PAIRS}", dir=f"{folder}/data")
     config.init.run = f"{folder}/sft"

@@ -58,7 +58,7 @@ def _measure(runs: list[grid.Run], folder: Path) -> dict[str, float]:
 
 
 def _config(imdb: Path, steps: int, width: int, batch: int) -> ConfigDict:
-    config = imdb_dpo.get_config()
+    config = imdb_dpo.get_config("pairs")
     config.data.update(path=str(imdb / "preferences" / "examples"), dir=str(imdb / "data"), batch_size=batch)
     config.init.run = None
     config.model.update(width=width, layers=2, heads=2, mlp_width=4 * width, unroll=2)
