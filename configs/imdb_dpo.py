@@ -1,7 +1,7 @@
 """DPO on the pairs of the sentiment experiment (arXiv 2305.18290, §6.1), from the SFT model.
 
-Any other preference loss by --config.loss.name. The pairs of a prompt lie side by side, where each of its four answers is
-read once for all six; configs/imdb_dpo.py:pairs shuffles all pairs instead, and reads each answer three times an epoch.
+Any other preference loss by --config.loss.name. The pairs of a prompt lie side by side, where each of its four answers
+is read once for all six; configs/imdb_dpo.py:pairs shuffles all pairs, and reads each answer three times an epoch.
 
 python -m dpo_jax.train --config=configs/imdb_dpo.py --workdir=runs/imdb/dpo
 """

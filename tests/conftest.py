@@ -8,8 +8,8 @@ import tempfile
 
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Eight devices, so that programs for several devices run anywhere. What is compiled here runs once or twice: a third
-    # of the tests' time goes with optimization and with the emitters of fused loops, which are made for fast programs.
+    # Eight devices, so that programs for several devices run anywhere. What is compiled here runs once or twice:
+    # optimization and the emitters of fused loops, which are made for fast programs, would take longer than they save.
     XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
     "--xla_cpu_use_fusion_emitters=false",
     # Threads of XLA's pool: with one for each of a few cores, collectives of eight devices can wait for ever.
