@@ -17,8 +17,8 @@ def get_config(together: str = "prompts") -> ConfigDict:
     config.data.path = "runs/imdb/preferences/examples"
     config.init.run = "runs/imdb/sft"
     config.optim.update(learning_rate=4e-4, warmup_steps=40, b2=0.98)
-    config.eval.update(every=45, prompts=200)
-    config.checkpoint.every = 90
+    config.eval.update(every=47, prompts=200)
+    config.checkpoint.every = 94
     if together == "pairs":
         config.data.batch_size = 32
         config.train.epochs = 1.0
