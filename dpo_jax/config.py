@@ -213,9 +213,12 @@ def from_config_dict(config: ConfigDict) -> Config:
 def from_dict(values: Mapping[str, Any]) -> Config:
     """A config from what ``to_json`` wrote, checked.
 
+    A key that it lacks was added since; where None is allowed, which leaves out what the key is for, it is None.
+
     Raises:
       ValueError: as of :func:`from_config_dict`.
     """
+    values = _with_later_keys(Config, values)
     loss = dict(values["loss"])
     hyper = loss.pop("hyper")
     built = _build(Config, {**values, "loss": {**loss, **hyper}}, "config")
@@ -250,6 +253,17 @@ def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
             f"{path} has unknown keys {unknown} and lacks {missing}; start from configs/base.py, which has every key"
         )
     return kind(**{name: _value(hint, values[name], f"{path}.{name}") for name, hint in hints.items()})
+
+
+def _with_later_keys(kind: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Saved values, and None for optional keys that they lack."""
+    found = dict(values)
+    for name, hint in typing.get_type_hints(kind).items():
+        if dataclasses.is_dataclass(hint) and isinstance(found.get(name), Mapping):
+            found[name] = _with_later_keys(typing.cast(type, hint), found[name])
+        elif isinstance(hint, types.UnionType) and type(None) in typing.get_args(hint):
+            found.setdefault(name, None)
+    return found
 
 
 def _gather_hyper(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -274,16 +274,15 @@ class _Longest:
 
     def __init__(self, shape: Shape, count: int) -> None:
         answer = lambda role: Answer(  # noqa: E731
-            np.ones(shape.answer_length, np.int32), np.ones(shape.answer_length, np.float32), role
+            np.full(shape.answer_length, role, np.int32), np.ones(shape.answer_length, np.float32), role
         )
-        prompt = np.ones(shape.prompt_length, np.int32)
-        self._example, self._count = Example(0, prompt, (answer(CHOSEN), answer(REJECTED))), count
+        self._answers, self._prompt_length, self._count = (answer(CHOSEN), answer(REJECTED)), shape.prompt_length, count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Example:
-        return dataclasses.replace(self._example, uid=index)
+        return Example(index, np.full(self._prompt_length, index, np.int32), self._answers)  # no two prompts are equal
 
 
 def longest_batch(config: Config, parts: Parts) -> PreferenceBatch:

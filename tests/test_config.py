@@ -39,6 +39,16 @@ def test_a_config_survives_its_file() -> None:
     assert from_dict(json.loads(to_json(built))) == built
 
 
+def test_a_file_from_before_an_optional_key_is_read() -> None:
+    built = from_config_dict(base_config())
+    saved = json.loads(to_json(built))
+    del saved["data"]["prompt_answers"], saved["reference"]["store"]
+    assert from_dict(saved) == built
+    del saved["data"]["layout"]
+    with pytest.raises(ValueError, match=r"config.data has unknown keys \[\] and lacks \['layout'\]"):
+        from_dict(saved)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -90,10 +90,10 @@ class _Row:
         prompt = examples[0].prompt
         start = self.add_input(prompt, 0, group, branch=0)
         first = len(self.slots)
-        laid: dict[bytes, int] = {}
+        laid: dict[bytes | int, int] = {}
         for example in examples:
             for i, answer in enumerate(example.answers):
-                slot = laid.setdefault(answer.content, len(self.slots))
+                slot = laid.setdefault(_identity(example, i), len(self.slots))
                 if slot == len(self.slots):
                     self.add_answer(start, prompt, answer, group, branch=len(laid))
                 else:
@@ -250,8 +250,13 @@ def _measure(family: Sequence[Example], shape: Shape) -> tuple[int, int]:
     """(positions that a family takes, its different answers)."""
     for example in family:
         _check(example, shape)
-    answers = {answer.content: len(answer.tokens) - 1 for example in family for answer in example.answers}
+    answers = {_identity(e, i): len(answer.tokens) - 1 for e in family for i, answer in enumerate(e.answers)}
     return len(family[0].prompt) + sum(answers.values()), len(answers)
+
+
+def _identity(example: Example, i: int) -> bytes | int:
+    """What tells answer ``i`` from the others beside it: in a family its content, else its place."""
+    return i if example.family is None else example.answers[i].content
 
 
 LAYOUTS: dict[str, Callable[[Sequence[Example], Shape], TokenBatch]] = {
