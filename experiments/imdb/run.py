@@ -70,7 +70,7 @@ def run(workdir: Path, configs: str, seed: int) -> dict[str, float]:
         train.run(sft, workdir / "sft", shared)
     with stage("4/5 preferences: sampling and ranking answers", 40):
         prefer.run(preferences, workdir / "preferences", shared)
-    with stage("5/5 DPO: chosen and rejected through policy and reference", 180):
+    with stage("5/5 DPO: chosen and rejected through policy and reference", 140):
         summary = train.run(dpo, workdir / "dpo", shared)
     report.write(workdir)
     logging.info("all stages took %s", duration(time.monotonic() - begin))
