@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from dpo_jax.data import packing
 from dpo_jax.data.encode import Encoded, Encoder, Encoding
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.files import find_files
@@ -21,14 +20,13 @@ from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import CHOSEN, REJECTED
 
-CHOICE = 512  # rows of the file that batches are filled from
 LONGEST = 512  # tokens of a prompt with one of its answers; longer pairs are left out, for truncation is not measured
 
 Batches = list[list[Example]]
 
 
 def read_batches(data: str, tokenizer: str, *, positions: int, steps: int) -> Batches:
-    """The first pairs of a file, in batches as training fills rows (dpo_jax/data/packing.py).
+    """Consecutive pairs of a file, in batches that end where the next pair does not fit.
 
     Args:
       data: a file of preferences.
@@ -41,19 +39,18 @@ def read_batches(data: str, tokenizer: str, *, positions: int, steps: int) -> Ba
     """
     records = (record for _, record in Reader("skip", 1.0).records(find_files(data), parse_row))
     encoder = Encoder(open_tokenizer(Path(tokenizer)), Encoding(LONGEST, LONGEST))
-    encoded = encoder.encode(list(itertools.islice(records, CHOICE)))
-    examples = [example for item in encoded if isinstance(item, Encoded) for example in item.examples]
-    examples = [e for e in examples if longest(e) <= LONGEST and places(e) <= positions]
-    sizes = np.array([places(e) for e in examples], np.int64)
-    plan = packing.plan_rows(sizes, np.arange(len(sizes)), row_length=positions, row_examples=len(sizes))
-    if len(plan) < steps:
-        raise ValueError(
-            f"the first {CHOICE} rows of {data} have pairs for {len(plan)} steps of {positions} positions; {steps} "
-            "were asked for"
-        )
-    # Spread over the plan, which begins with the longest pairs; without its last row, which is what is left.
-    rows = np.linspace(0, max(0, len(plan) - 2), steps).round().astype(int)
-    return [[examples[i] for i in plan[row]] for row in rows.tolist()]
+    batches: Batches = [[]]
+    for chunk in iter(lambda: list(itertools.islice(records, 64)), []):
+        encoded = [item for item in encoder.encode(chunk) if isinstance(item, Encoded)]
+        for example in (example for item in encoded for example in item.examples):
+            if longest(example) > LONGEST or places(example) > positions:
+                continue
+            if sum(map(places, batches[-1])) + places(example) > positions:
+                batches.append([])
+            batches[-1].append(example)
+        if len(batches) > steps:
+            return batches[:steps]
+    raise ValueError(f"{data} has pairs for {len(batches) - 1} steps of {positions} positions; {steps} were asked for")
 
 
 def longest(example: Example) -> int:
