@@ -1,4 +1,4 @@
-"""The whole chain of the sentiment experiment, so small that it takes under a minute: it shows that all parts work.
+"""The whole chain of the sentiment experiment, so small that it takes about a minute: it shows that all parts work.
 
     python -m experiments.imdb.run --configs=configs/smoke.py:{stage} --workdir=runs/smoke
 
