@@ -202,9 +202,9 @@ def packed(examples: Sequence[Example], shape: Shape) -> TokenBatch:
         position  0 1 2 2 2 . . .
         group     1 1 1 1 1 . . .
         branch    0 0 1 2 3 . . .
-        source    1 2 1 3 1 4 . . . .
-        target    3 2 4 2 5 2 . . . .
-        slot      0 0 1 1 2 2 . . . .
+        source    1 2 1 3 1 4 . . . . .
+        target    3 2 4 2 5 2 . . . . .
+        slot      0 0 1 1 2 2 . . . . .
         scored    0 1 2 0               the second rejected answer is the first chosen one: its targets count twice
 
     Args:
@@ -332,13 +332,15 @@ def _size(shape: Shape, answers: int) -> _Size:
 
 
 def _row_size(shape: Shape, row_length: int, branches: int) -> _Size:
-    """A row of several examples. One of n positions has at most n + A − 1 targets, its prompt's included.
+    """A row of several examples.
 
-    A family has no more than its examples would have on their own.
+    K answers with their prompt, in n positions, have at most n + K − 1 targets, the prompt's included. All examples of
+    a row may be of one family; those of none have each a prompt of their own.
     """
+    prompts = 1 if shape.prompt_answers else shape.row_examples
     return _Size(
         length=row_length,
-        targets=row_length + shape.row_examples * (shape.answers - 1),
+        targets=row_length + shape.row_examples * shape.answers - prompts,
         slots=shape.row_examples * shape.answers * (1 + shape.with_prompt),
         branches=branches,
         with_reference=shape.with_reference,

@@ -68,12 +68,22 @@ def test_a_family_is_the_table_of_its_docstring() -> None:
     np.testing.assert_array_equal(batch.position_RL, [[0, 1, 2, 2, 2, 0, 0, 0]])
     np.testing.assert_array_equal(batch.group_RL, [[1, 1, 1, 1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(batch.branch_RL, [[0, 0, 1, 2, 3, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.source_RM, [[1, 2, 1, 3, 1, 4, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.target_RM, [[3, 2, 4, 2, 5, 2, 0, 0, 0, 0]])
-    np.testing.assert_array_equal(batch.slot_RM, [[0, 0, 1, 1, 2, 2, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.source_RM, [[1, 2, 1, 3, 1, 4, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.target_RM, [[3, 2, 4, 2, 5, 2, 0, 0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.slot_RM, [[0, 0, 1, 1, 2, 2, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.scored_RS, [[0, 1, 2, 0]])
     np.testing.assert_array_equal(batch.role_RS, [[CHOSEN, REJECTED, CHOSEN, REJECTED]])
     assert batch.branches == 3
+
+
+@pytest.mark.parametrize("answers", [1, 2])
+def test_a_full_row_has_room_for_the_targets_of_a_family_whose_answers_differ(answers: int) -> None:
+    different = [make_answer([i, 2], CHOSEN if i % 2 else REJECTED) for i in range(3, 7)]
+    pairs = [Example(i, SECOND.prompt, tuple(different[i : i + answers]), 0) for i in range(0, 4, answers)]
+    shape = Shape(answers, 1, 2, row_length=5, row_examples=len(pairs), prompt_answers=4)
+    batch = packed(pairs, shape)
+    np.testing.assert_array_equal(batch.tokens_RL, [[9, 3, 4, 5, 6]])
+    np.testing.assert_array_equal(batch.target_RM[batch.weight_RM > 0], [3, 2, 4, 2, 5, 2, 6, 2])
 
 
 def test_examples_of_one_number_and_other_prompts_are_no_family() -> None:
