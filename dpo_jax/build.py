@@ -22,7 +22,7 @@ from dpo_jax.data.pipeline import Described, Pipeline, Source
 from dpo_jax.gradients import Scorer
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
-from dpo_jax.models import init_params, logical_axes
+from dpo_jax.models import logical_axes, param_shapes
 from dpo_jax.models.splash import LONGEST
 from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
@@ -146,7 +146,7 @@ def _row_positions(config: Config) -> int:
 def _adapted(model: nn.Module, adapter: lora.Adapter | None) -> nn.Module:
     if adapter is None:
         return model
-    lora.check_layers(adapter, jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    lora.check_layers(adapter, param_shapes(model))
     return lora.with_adapter(model, adapter)
 
 
@@ -264,14 +264,9 @@ def _check_example(example: Example, shape: Shape, vocab_size: int) -> None:
         )
 
 
-def param_shapes(parts: Parts) -> Params:
-    """Shapes of the parameters, adapters beside their layers; nothing is computed."""
-    return jax.eval_shape(lambda: init_params(parts.model, jax.random.key(0)))
-
-
 def state_shapes(parts: Parts) -> TrainState:
     """Shapes of the whole training state; nothing is computed."""
-    base, adapters = lora.split(param_shapes(parts))
+    base, adapters = lora.split(param_shapes(parts.model))
     return jax.eval_shape(lambda p, a: _state(parts, p, _reference(parts, p), a), base, adapters)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -11,13 +12,14 @@ import flax.linen as nn
 import numpy as np
 
 from dpo_jax import metrics as metrics_lib
+from dpo_jax.ahead import Begun
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.layouts import Shape, concatenated
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.data.tokenizer import decode
 from dpo_jax.logprobs import score
 from dpo_jax.parallel import Parallel
-from dpo_jax.sampling import Samples, make_sampler, row_keys
+from dpo_jax.sampling import Samples, make_sampler, row_draws
 from dpo_jax.state import Hyper, TrainState
 from dpo_jax.types import CHOSEN, Array, Params
 
@@ -25,9 +27,13 @@ Reward = Callable[[Sequence[str]], np.ndarray]
 
 
 class Evaluator(Protocol):
-    """Something to be measured now and then during a run."""
+    """Something to be measured now and then during a run.
 
-    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]: ...
+    A call begins the work on the devices, and the result waits for its numbers, so that several evaluators, and a
+    compiler, can be at work together.
+    """
+
+    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Begun[dict[str, float]]: ...
 
 
 class HeldOutLoss:
@@ -42,13 +48,11 @@ class HeldOutLoss:
     def __init__(self, pipeline: Pipeline, step: Callable[..., Any], parallel: Parallel) -> None:
         self._pipeline, self._step, self._parallel = pipeline, step, parallel
 
-    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]:
-        total = None
-        for batch in self._pipeline.eval_batches():
-            part = self._step(state, self._parallel.shard(batch, 1), hyper)
-            part = self._parallel.unreplicate(part)
-            total = part if total is None else metrics_lib.merge(total, part)
-        yield from metrics_lib.compute(total or {}).items()
+    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Begun[dict[str, float]]:
+        shard = self._parallel.shard
+        parts = [self._step(state, shard(batch, 1), hyper) for batch in self._pipeline.eval_batches()]
+        fetch = self._parallel.unreplicate
+        return Begun(lambda: metrics_lib.compute(reduce(metrics_lib.merge, map(fetch, parts)) if parts else {}))
 
 
 class Completer:
@@ -86,7 +90,7 @@ class Completer:
 
     def sample(
         self, params: Params, prompts: Sequence[np.ndarray], seed: int, temperature: float, first_row: int = 0
-    ) -> list[Answer]:
+    ) -> Begun[list[Answer]]:
         """One answer to each prompt.
 
         Args:
@@ -99,25 +103,24 @@ class Completer:
         Returns:
           Answers, with the EOS where it was drawn.
         """
-        answers: list[Answer] = []
+        begun = []
         for start in range(0, len(prompts), self.rows):
             part = prompts[start : start + self.rows]
             tokens, lengths = _right_padded(part, self.rows, self.shape.prompt_length)
-            keys = row_keys(seed, first_row + start + np.arange(self.rows))
+            draws = row_draws(seed, first_row + start + np.arange(self.rows))
             heat = np.full(self.rows, temperature, np.float32)
-            samples = self._sample(params, tokens, lengths, keys, heat)
-            answers += _to_answers(samples, len(part))
-        return answers
+            begun.append((self._sample(params, tokens, lengths, draws, heat), len(part)))
+        return Begun(lambda: [answer for samples, n in begun for answer in _to_answers(samples.result(), n)])
 
-    def logps(self, params: Params, prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> np.ndarray:
+    def logps(self, params: Params, prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> Begun[np.ndarray]:
         """Log-probability of each answer after its prompt, nats, float32 [n]."""
-        out = []
+        begun = []
         for start in range(0, len(prompts), self.rows):
             stop = min(start + self.rows, len(prompts))
             examples = [Example(i, prompts[i], (answers[i],)) for i in range(start, stop)]
             batch = concatenated(examples + [examples[0]] * (self.rows - len(examples)), self.shape)
-            out.append(self._score(params, batch)[: len(examples)])
-        return np.concatenate(out)
+            begun.append((self._score(params, batch), len(examples)))
+        return Begun(lambda: np.concatenate([scores.result()[:n] for scores, n in begun]))
 
     def text(self, tokens: np.ndarray) -> str:
         return decode(self.tokenizer, tokens)
@@ -152,17 +155,20 @@ class SampledAnswers:
         self._completer, self._prompts, self._sides, self._reward = completer, prompts, sides, reward
         self._folder, self._seed, self._temperature = folder, seed, temperature
 
-    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Iterator[tuple[str, float]]:
-        policy_params, start_params = self._sides(state)
-        answers = self._completer.sample(policy_params, self._prompts, self._seed, self._temperature)
-        policy = self._completer.logps(policy_params, self._prompts, answers)
-        reference = self._completer.logps(start_params, self._prompts, answers)
+    def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Begun[dict[str, float]]:
+        sides = self._sides(state)
+        answers = self._completer.sample(sides[0], self._prompts, self._seed, self._temperature)
+        return Begun(lambda: self._judged(step, sides, answers.result()))
+
+    def _judged(self, step: int, sides: tuple[Params, Params], answers: Sequence[Answer]) -> dict[str, float]:
+        policy, reference = (self._completer.logps(params, self._prompts, answers) for params in sides)
         texts = [
             self._completer.text(np.concatenate([p, a.tokens])) for p, a in zip(self._prompts, answers, strict=True)
         ]
         rewards = None if self._reward is None else np.asarray(self._reward(texts), np.float64)
-        self._write(step, answers, policy - reference, rewards)
-        yield from self._numbers(answers, (policy - reference).astype(np.float64), rewards)
+        ratios = policy.result() - reference.result()
+        self._write(step, answers, ratios, rewards)
+        return dict(self._numbers(answers, ratios.astype(np.float64), rewards))
 
     def _numbers(
         self, answers: Sequence[Answer], ratios: np.ndarray, rewards: np.ndarray | None

@@ -5,6 +5,7 @@ A mean of means is wrong as soon as batches differ in size; a sum of numerators 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -77,7 +78,7 @@ def correlation(x: Array, y: Array, weights: Array) -> Correlation:
 
 def merge(a: Metrics, b: Metrics) -> Metrics:
     """Adds two sets of the same metrics."""
-    return jax.tree.map(jnp.add, a, b)
+    return jax.tree.map(operator.add, a, b)
 
 
 def compute(metrics: Metrics) -> dict[str, float]:

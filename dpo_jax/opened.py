@@ -135,13 +135,13 @@ class OpenedRun:
         return pipeline.batch(step - 1)
 
     def evaluators(self) -> dict[str, Evaluator]:
+        """By the prefix of their numbers; the first begins first."""
         evaluators: dict[str, Evaluator] = {}
-        settings = self.config.eval
+        if self.config.eval.prompts:
+            evaluators["samples"] = self._sampled_answers()
         if self.held_out is not None:
             step = self.shared.get(("eval", self.program), self._make_eval_step)
             evaluators["eval"] = HeldOutLoss(self.held_out, step, self.parallel)
-        if settings.prompts:
-            evaluators["samples"] = self._sampled_answers()
         return evaluators
 
     def _make_eval_step(self) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import struct
 
@@ -78,7 +79,8 @@ class AdamW:
 
     def init(self, params: Params) -> Moments:
         """Moments before the first update."""
-        return Moments(jnp.int32(0), *(jax.tree.map(jnp.zeros_like, params) for _ in range(2)))
+        zeros = lambda p: np.zeros(p.shape, p.dtype)  # noqa: E731  # takes no memory until it is on a device
+        return Moments(np.zeros((), np.int32), *(jax.tree.map(zeros, params) for _ in range(2)))
 
     def update(
         self, params: Params, moments: Moments, grads: Params, norm: Array, rate: Array, taken: Array | bool = True

@@ -13,6 +13,7 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dpo_jax.ahead import Begun, Prepared
 from dpo_jax.allocator import keep_freed_pages
 from dpo_jax.sharding import AXES, ROWS, Names, Placement
 from dpo_jax.state import ALONE, Axis
@@ -41,27 +42,28 @@ class DataParallel:
         self.process = (sorted(own).index(jax.process_index()), len(own)) if jax.process_index() in own else (0, 1)
         self._local = [d for d in self.devices if d.process_index == jax.process_index()]
 
-    def train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def train_step(self, step: Callable[..., Any]) -> Prepared:
         """Compiles (state, batch, hyper) → (state, metrics); the state's buffers are reused."""
-        return self._pmap(step, "train_step", donate_argnums=0)
+        whole = len(self._local) == len(self.devices)
+        return Prepared(self._pmap(step, "train_step", donate_argnums=0), whole)
 
     def eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles (state, batch, hyper) → metrics."""
         return self._pmap(step, "eval_step")
 
-    def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Begun[Any]]:
         """Compiles ``fn(params, *rows)``: parameters are on every device, rows of the other arguments split over them.
 
-        The number of rows must divide by the devices; results come back as numpy arrays of all rows. Each process
-        computes all rows that it is given, on devices of its own.
+        The number of rows must divide by the devices; the result is numpy arrays of all rows. Each process computes all
+        rows that it is given, on devices of its own.
         """
         mapped = self._pmap(fn, name)
 
-        def call(params: Any, *rows: Any) -> Any:
+        def begin(params: Any, *rows: Any) -> Begun[Any]:
             out = mapped(params, *(self._split(r) for r in rows))
-            return jax.tree.map(_own_rows, out)
+            return Begun(lambda: jax.tree.map(_own_rows, out))
 
-        return call
+        return begin
 
     def replicate(self, tree: Any) -> Any:
         """Copies on every device."""
@@ -208,25 +210,25 @@ class MeshParallel:
         self.traces: collections.Counter[str] = collections.Counter()
         self._own_parts, self.process = _row_groups(grid.reshape(self.parts, -1))
 
-    def train_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    def train_step(self, step: Callable[..., Any]) -> Prepared:
         """Compiles (state, batch, hyper) → (state, metrics); the state's buffers are reused."""
         whole = self._sharding(PartitionSpec())
-        return self._jit(step, "train_step", lambda state: (self.shardings(state), whole), donate_argnums=0)
+        return Prepared(self._jit(step, "train_step", lambda state: (self.shardings(state), whole), donate_argnums=0))
 
     def eval_step(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Compiles (state, batch, hyper) → metrics."""
         return self._jit(step, "eval_step", lambda state: self._sharding(PartitionSpec()))
 
-    def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def row_function(self, fn: Callable[..., Any], name: str) -> Callable[..., Begun[Any]]:
         """Compiles ``fn(params, *rows)``; every process gives the same rows, and gets numpy arrays of all of them."""
         compiled = self._jit(fn, name, lambda params: self._sharding(PartitionSpec()))
         rows_sharding = self._sharding(PartitionSpec(ROWS))
 
-        def call(params: Any, *rows: Any) -> Any:
-            placed = jax.tree.map(lambda a: _place(a, rows_sharding), rows)
-            return jax.tree.map(np.asarray, compiled(params, *placed))
+        def begin(params: Any, *rows: Any) -> Begun[Any]:
+            out = compiled(params, *jax.tree.map(lambda a: _place(a, rows_sharding), rows))
+            return Begun(lambda: jax.tree.map(np.asarray, out))
 
-        return call
+        return begin
 
     def shardings(self, tree: Any) -> Any:
         """Where each array of a tree of parameters, or of what mirrors them, lies."""

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from dpo_jax.build import Parts, build, guarded, guarded_step, make_parallel, param_shapes, state_shapes
+from dpo_jax.build import Parts, build, guarded, guarded_step, make_parallel, state_shapes
 from dpo_jax.build import make_pipeline as make_batches
 from dpo_jax.chips import CHIPS, Chip, describe_devices, parse
 from dpo_jax.config import Config
@@ -25,6 +25,7 @@ from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.layouts import Shape
 from dpo_jax.flops import Work, step_work
 from dpo_jax.hlo import Collective, collectives
+from dpo_jax.models import param_shapes
 from dpo_jax.models.config import REMAT
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.trees import parameter_count
@@ -148,7 +149,7 @@ def make_plan(config: Config, topology: str) -> Plan:
     needed, text = _compile(step, shapes, chip)
     held = {name: _held(getattr(shapes[0].state, name), parallel) for name in ("params", "reference", "opt_state")}
     memory = Memory(held["params"], held["reference"], held["opt_state"], needed, chip.memory)
-    params = param_shapes(parts)
+    params = param_shapes(parts.model)
     coupled = parts.objective.couples_batch and config.train.micro_batches > 1
     scores = state.state.reference is not None
     work = step_work(parts.model, params, batch.answers, reference=scores, scored_twice=coupled)

@@ -97,7 +97,11 @@ class _Together:
             works: dict[str, Work] = {}
             for name, trainer in self._trainers.items():
                 seat = Seat(
-                    functools.partial(_Place, trainer), _Numbers.fetch, self._latch, self._readers.batches, shows=False
+                    functools.partial(_Place, trainer),
+                    _Numbers.fetch,
+                    self._latch,
+                    batches=self._readers.batches,
+                    shows=False,
                 )
                 works[name] = stack.enter_context(contextlib.closing(trainer.work(seat)))
                 self._advance(name, works[name], None)

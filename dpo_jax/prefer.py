@@ -120,7 +120,8 @@ class _PairMaker:
 
     def _sample(self, prompts: Sequence[np.ndarray], seed: int, first: int) -> list[tuple[Answer, float]]:
         begin = time.monotonic()
-        answers = self.completer.sample(self.params, prompts, seed, self.config.prefer.temperature, first_row=first)
+        heat = self.config.prefer.temperature
+        answers = self.completer.sample(self.params, prompts, seed, heat, first_row=first).result()
         if self.tokens:  # the first batch compiles
             self.seconds += time.monotonic() - begin
         self.tokens += sum(len(a.tokens) for a in answers) if self.seconds else 1e-9

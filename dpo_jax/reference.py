@@ -228,7 +228,7 @@ class ReferencePass:
         for part in _parts(examples, self._shape, self._rows, self._layout):
             batch = LAYOUTS[self._layout](part, self._shape)
             rows = self._rows if self._layout == "packed" else batch.tokens_RL.shape[0] // len(part) * self._rows
-            values_RM = self._logps(params, pad_rows(batch, rows))
+            values_RM = self._logps(params, pad_rows(batch, rows)).result()
             yield from zip(part, split_targets(values_RM[: len(batch.role_RS)], batch, part), strict=True)
 
 

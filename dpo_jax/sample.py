@@ -22,7 +22,7 @@ from dpo_jax.data.encode import Encoder
 from dpo_jax.data.tokenizer import decode, open_tokenizer
 from dpo_jax.models import rolled
 from dpo_jax.parallel import DataParallel
-from dpo_jax.sampling import make_sampler, row_keys
+from dpo_jax.sampling import make_sampler, row_draws
 from dpo_jax.sources import encoding_of, tokenizer_folder
 from dpo_jax.start import load_policy, make_start_model, start_params
 from dpo_jax.workdir import read_config
@@ -157,9 +157,9 @@ def _answers(
         for r, (p, _) in enumerate(filled):
             tokens_RP[r, : len(prompts[p])] = prompts[p]
         lengths_R = np.array([len(prompts[p]) for p, _ in filled], np.int32)
-        keys_R = row_keys(request.seed, np.array([p * request.completions + c for p, c in filled]))
+        draws_R2 = row_draws(request.seed, np.array([p * request.completions + c for p, c in filled]))
         begin = time.monotonic()
-        out = draw(params, tokens_RP, lengths_R, keys_R, heat)
+        out = draw(params, tokens_RP, lengths_R, draws_R2, heat).result()
         clock.add(time.monotonic() - begin, int(out.length_R[: len(part)].sum()))
         for r, (p, c) in enumerate(part):
             n = int(out.length_R[r])

@@ -42,12 +42,12 @@ def make_sampler(
     top_p: float | None = None,
     lanes: int = 1,
 ) -> Callable[[Params, Array, Array, Array, Array], Samples]:
-    """Builds the pure function (params, prompt_RP, length_R, key_R, temperature_R) → Samples.
+    """Builds the pure function (params, prompt_RP, length_R, draws_R2, temperature_R) → Samples.
 
     Prompts are padded on the right to P tokens; T = ``max_new_tokens``; a temperature of 0 takes the likeliest token.
-    The random numbers of a row depend on its own key and on the place of the token alone, so a row's completion does
-    not depend on the rows beside it, but for the rounding of sums. The cache has the model's compute dtype: samples
-    come from the same function that scores them.
+    The random numbers of a row depend on its own ``row_draws`` and on the place of the token alone, so a row's
+    completion does not depend on the rows beside it, but for the rounding of sums. The cache has the model's compute
+    dtype: samples come from the same function that scores them.
 
     Args:
       model: a family's module.
@@ -65,8 +65,9 @@ def make_sampler(
     stepped = unrolled(model)
     ends = np.atleast_1d(np.asarray(eos, np.int32))
 
-    def sample(params: Params, prompt_RP: Array, length_R: Array, key_R: Array, temperature_R: Array) -> Samples:
+    def sample(params: Params, prompt_RP: Array, length_R: Array, draws_R2: Array, temperature_R: Array) -> Samples:
         rows, prompt_slots = prompt_RP.shape
+        key_R = jax.vmap(lambda draws: jax.random.fold_in(jax.random.key(draws[0]), draws[1]))(draws_R2)
         variables = {"params": params}
         head_VD = model.apply(variables, method="head")
         seen_RP = jnp.arange(prompt_slots)[None] < length_R[:, None]
@@ -111,9 +112,9 @@ def make_sampler(
     return sample
 
 
-def row_keys(seed: int, rows: np.ndarray) -> jax.Array:
-    """One random key for each row: a function of (seed, number of the row)."""
-    return jax.vmap(lambda row: jax.random.fold_in(jax.random.key(seed), row))(jnp.asarray(rows, jnp.uint32))
+def row_draws(seed: int, rows: np.ndarray) -> np.ndarray:
+    """What decides the random numbers of each row, uint32 [R, 2]: the seed, and the number of the row."""
+    return np.stack(np.broadcast_arrays(seed, rows), axis=1).astype(np.uint32)
 
 
 def keep_likeliest(logits_RV: Array, top_k: int | None, top_p: float | None) -> Array:

@@ -15,7 +15,7 @@ from dpo_jax.config import Config
 from dpo_jax.convert.peft import read_adapters
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.hashing import hash_tree
-from dpo_jax.models import init_params, make_model
+from dpo_jax.models import init_params, make_model, param_shapes
 from dpo_jax.parallel import run_compiled
 from dpo_jax.trees import structure_diff
 from dpo_jax.types import Params, Targets, on_host
@@ -149,4 +149,4 @@ def _merged(workdir: Path, saved: Saved, vocab_size: int) -> Params:
 
 def _shapes(model: nn.Module) -> tuple[Params, Params]:
     """Shapes of (base, adapters); nothing is computed."""
-    return lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    return lora.split(param_shapes(model))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -25,7 +26,6 @@ from dpo_jax.build import (
     guarded,
     guarded_step,
     is_adapted,
-    param_shapes,
     state_shapes,
     without_base,
 )
@@ -39,6 +39,7 @@ from dpo_jax.guards import SKIPPED, Guarded, Watch
 from dpo_jax.hashing import hash_tree, own_parts
 from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Compilations, Meter
+from dpo_jax.models import param_shapes
 from dpo_jax.opened import OpenedRun
 from dpo_jax.parallel import copied
 from dpo_jax.profile import FOLDER as PROFILE_FOLDER
@@ -116,6 +117,7 @@ class Seat:
       place: brings the first state there; what it returns has the attribute ``state``, on all devices.
       fetch: brings the metrics of a step to the host.
       stop: says when to stop.
+      prepare: told the first state and batch while the start is evaluated, before the step is asked for.
       batches: gives a pipeline's batches from a step on.
       shows: whether the run shows its progress.
     """
@@ -123,6 +125,7 @@ class Seat:
     place: Callable[[Guarded], Any]
     fetch: Callable[[Any], Any]
     stop: StopRequest
+    prepare: Callable[[Any, PreferenceBatch], None] = lambda carry, batch: None
     batches: Callable[[Pipeline, int], Iterator[PreferenceBatch]] = Pipeline.train_batches
     shows: bool = True
 
@@ -148,20 +151,23 @@ class Trainer(OpenedRun):
 
     def train(self, stop: StopRequest) -> dict[str, float]:
         """Trains alone, each batch split over all devices. Returns the last numbers of every metric."""
-        step = self.shared.get(
+        compiled = self.shared.get(
             ("train", self.program),
             lambda: self.parallel.train_step(guarded_step(self.config, self.parts, self.steps, self.parallel.axis)),
         )
-        if self.profile is not None:
-            step = self.profile.around(step)
+        step = compiled if self.profile is None else self.profile.around(compiled)
         hyper = self.parallel.replicate(self.parts.hyper)
-        seat = Seat(self.parallel.replicate, self.parallel.unreplicate, stop)
+
+        def arguments(carry: Any, batch: PreferenceBatch) -> tuple[Any, Any, Any]:
+            return carry, self.parallel.shard(batch, self.config.train.micro_batches), hyper
+
+        prepare = lambda carry, batch: compiled.prepare(*arguments(carry, batch))  # noqa: E731
+        seat = Seat(self.parallel.replicate, self.parallel.unreplicate, stop, prepare)
         with contextlib.closing(self.work(seat)) as work:
             try:
-                carry, batch = next(work)
+                asked = next(work)
                 while True:
-                    batch = self.parallel.shard(batch, self.config.train.micro_batches)
-                    carry, batch = work.send(step(carry, batch, hyper))
+                    asked = work.send(step(*arguments(*asked)))
             except StopIteration as done:
                 return done.value
 
@@ -188,11 +194,13 @@ class Trainer(OpenedRun):
     def _loop(
         self, carry: Any, start: int, log: Logbook, checkpoints: Checkpoints, seat: Seat
     ) -> Generator[tuple[Any, PreferenceBatch], tuple[Any, Any], None]:
+        batches = seat.batches(self.pipeline, start)
         evaluators = self.evaluators()
         hyper = self.parallel.replicate(self.parts.hyper)
         if start == 0:
-            self._evaluate(evaluators, log, carry, hyper, 0)
-        batches = seat.batches(self.pipeline, start)
+            first = next(batches)
+            self._evaluate(evaluators, log, carry, hyper, 0, meanwhile=partial(seat.prepare, carry, first))
+            batches = itertools.chain([first], batches)
         shown_by = jax.process_index() if seat.shows else _NOBODY
         with Progress(self.steps, self.config.loss.name, start=start, process_index=shown_by) as progress:
             for step in range(start + 1, self.steps + 1):
@@ -248,11 +256,19 @@ class Trainer(OpenedRun):
         )
 
     def _evaluate(
-        self, evaluators: Mapping[str, Evaluator], log: Logbook, carry: Guarded, hyper: Hyper, step: int
+        self,
+        evaluators: Mapping[str, Evaluator],
+        log: Logbook,
+        carry: Guarded,
+        hyper: Hyper,
+        step: int,
+        meanwhile: Callable[[], None] = lambda: None,
     ) -> None:
         with log.paused():
-            for prefix, evaluator in evaluators.items():
-                log.evaluate(prefix, step, dict(evaluator(carry.state, hyper, step)))
+            begun = {prefix: evaluator(carry.state, hyper, step) for prefix, evaluator in evaluators.items()}
+            meanwhile()
+            for prefix, numbers in begun.items():
+                log.evaluate(prefix, step, numbers.result())
 
     def _save(self, checkpoints: Checkpoints, step: int, carry: Guarded, log: Logbook) -> None:
         state = self.parallel.once(carry.state)
@@ -341,7 +357,7 @@ class Trainer(OpenedRun):
         if peak is not None:
             reads = self.parts.objective.needs_reference and self.config.reference.store is None
             model, full = self.parts.model.config, not is_adapted(self.parts)
-            flops = partial(useful_flops, model, param_shapes(self.parts), reference=reads, full=full)
+            flops = partial(useful_flops, model, param_shapes(self.parts.model), reference=reads, full=full)
         return Meter(self.parts.shape.answers, processes=jax.process_count(), flops=flops, peak=peak or 0.0)
 
     def _announce(self, state: TrainState, start: int) -> None:

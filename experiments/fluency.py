@@ -122,7 +122,7 @@ def open_judge(workdir: Path, *, start: bool = False) -> Judge:
                 befores.append(np.array(before, np.int32))
                 afters.append(Answer(np.array(tokens, np.int32), np.ones(len(tokens), np.float32), CHOSEN))
                 size += len(tokenizer.decode(tokens).encode())
-        nats = -float(completer.logps(params, befores, afters).sum(dtype=np.float64))
+        nats = -float(completer.logps(params, befores, afters).result().sum(dtype=np.float64))
         return Cost(nats, size, sum(len(answer.tokens) for answer in afters))
 
     return judge

@@ -24,7 +24,7 @@ def held_out(batch_size: int, devices: int) -> dict[str, float]:
     step = make_eval_step(Bigram(), make_objective("dpo")[0], 2, 16, s.parallel.axis)
     pipeline = Pipeline(random_examples(10, SHAPE), SHAPE, layout="concatenated", batch_size=batch_size, seed=0)
     evaluator = HeldOutLoss(pipeline, s.parallel.eval_step(step), s.parallel)
-    found = dict(evaluator(s.state, s.hyper, 0))
+    found = evaluator(s.state, s.hyper, 0).result()
     assert s.parallel.traces == {"eval_step": 1}
     return found
 
@@ -65,7 +65,7 @@ def test_samples_are_reported_as_they_are(tmp_path) -> None:
     sides = lambda state: (state.params, reference)  # noqa: E731
     evaluator = SampledAnswers(answerer, PROMPTS, sides, judge, tmp_path / "samples", seed=3, temperature=1.0)
     state = type("State", (), {"params": policy})
-    numbers = dict(evaluator(state, None, 7))
+    numbers = evaluator(state, None, 7).result()
     rows = [json.loads(line) for line in (tmp_path / "samples" / "step_000007.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in rows] == [answerer.text(p) for p in PROMPTS]
     assert numbers["length"] == np.mean([row["tokens"] for row in rows])
@@ -73,14 +73,14 @@ def test_samples_are_reported_as_they_are(tmp_path) -> None:
     assert numbers["reward"] == pytest.approx(np.mean([row["reward"] for row in rows]))
     ended = [row["answer"].split()[-1] == "2" for row in rows]
     assert numbers["eos_share"] == np.mean(ended)
-    assert dict(evaluator(state, None, 8)) == numbers, "every evaluation draws with the same random numbers"
+    assert evaluator(state, None, 8).result() == numbers, "every evaluation draws with the same random numbers"
 
 
 def test_a_policy_that_is_its_reference_has_no_kl(tmp_path) -> None:
     answerer, parallel = completer()
     params = parallel.replicate(tiny_params(tiny_model()))
     evaluator = SampledAnswers(answerer, PROMPTS, lambda _: (params, params), None, tmp_path, seed=0, temperature=1.0)
-    numbers = dict(evaluator(None, None, 0))
+    numbers = evaluator(None, None, 0).result()
     assert numbers["kl"] == 0.0 and numbers["kl_se"] == 0.0
     assert "reward" not in numbers
 
@@ -90,7 +90,8 @@ def test_the_draws_do_not_depend_on_how_many_are_drawn_at_a_time() -> None:
     for rows in (5, 2):
         answerer, parallel = completer(rows)
         params = parallel.replicate(tiny_params(tiny_model()))
-        drawn.append([a.tokens.tolist() for a in answerer.sample(params, PROMPTS, seed=1, temperature=1.0)])
+        answers = answerer.sample(params, PROMPTS, seed=1, temperature=1.0).result()
+        drawn.append([a.tokens.tolist() for a in answers])
     assert drawn[0] == drawn[1]
 
 

@@ -20,6 +20,7 @@ LAYERS = {
     "dpo_jax.integrity": 0,
     "dpo_jax.buckets": 0,
     "dpo_jax.allocator": 0,
+    "dpo_jax.ahead": 0,
     "dpo_jax.lora": 1,
     "dpo_jax.sharding": 0,
     "dpo_jax.logprobs": 1,

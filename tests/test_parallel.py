@@ -41,7 +41,7 @@ def test_rows_come_back_in_order(devices: int) -> None:
     double = parallel.row_function(lambda params, rows: {"out": rows * params}, "double")
     params = parallel.replicate(np.float32(2))
     for _ in range(2):
-        got = double(params, np.arange(8, dtype=np.float32))["out"]
+        got = double(params, np.arange(8, dtype=np.float32)).result()["out"]
         np.testing.assert_array_equal(got, 2 * np.arange(8))
     assert parallel.traces == {"double": 1}
 
@@ -153,7 +153,7 @@ def test_a_mesh_hands_rows_out_in_order_and_back() -> None:
     np.testing.assert_array_equal(np.asarray(sharded).reshape(12, 2), np.arange(24).reshape(12, 2))
     double = parallel.row_function(lambda params, rows: {"out": rows * params}, "double")
     params = parallel.replicate(np.float32(2))
-    np.testing.assert_array_equal(double(params, np.arange(8, dtype=np.float32))["out"], 2 * np.arange(8))
+    np.testing.assert_array_equal(double(params, np.arange(8, dtype=np.float32)).result()["out"], 2 * np.arange(8))
     assert parallel.traces == {"double": 1}
     tree = {"a": np.arange(3), "b": None, "c": np.float32(1.5)}
     back = parallel.unreplicate(parallel.replicate(tree))

@@ -9,7 +9,7 @@ from scipy import stats
 
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape, concatenated
-from dpo_jax.sampling import draw_token, keep_likeliest, make_sampler, row_keys
+from dpo_jax.sampling import draw_token, keep_likeliest, make_sampler, row_draws
 from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params
 
 EOS = 2
@@ -33,7 +33,7 @@ def _draw(sampler, rows: int, seed: int = 0, temperature: float = 1.0, prompts=N
     model, params, sample = sampler
     tokens, lengths = prompts or _prompts(rows)
     heat = np.full(rows, temperature, np.float32)
-    return tokens, lengths, sample(params, tokens, lengths, row_keys(seed, np.arange(rows)), heat)
+    return tokens, lengths, sample(params, tokens, lengths, row_draws(seed, np.arange(rows)), heat)
 
 
 def test_its_own_log_probabilities_are_the_scorers(sampler) -> None:
@@ -102,7 +102,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(sampler) -> None:
     tokens, lengths, out = _draw(sampler, 64)
     part = tuple(a[:64][::-1] for a in (tokens, lengths))
     model, params, sample = sampler
-    again = sample(params, *part, row_keys(0, np.arange(64)[::-1]), np.ones(64, np.float32))
+    again = sample(params, *part, row_draws(0, np.arange(64)[::-1]), np.ones(64, np.float32))
     np.testing.assert_array_equal(np.asarray(again.tokens_RT)[::-1], out.tokens_RT)
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 
 from dpo_jax import lora
@@ -19,7 +18,7 @@ from dpo_jax.convert.engine import LAYER, Rule, check_names, make_slots, read_pa
 from dpo_jax.convert.pretrained import TABLES, family_of, read_json
 from dpo_jax.convert.table import Table
 from dpo_jax.convert.tensors import read_header, write_file
-from dpo_jax.models import init_params
+from dpo_jax.models import param_shapes
 from dpo_jax.trees import named_leaves
 from dpo_jax.types import Params
 
@@ -61,7 +60,7 @@ def read_adapters(folder: Path, model: nn.Module) -> Params:
     adapter = lora.adapter_of(model)
     assert adapter is not None
     _check_config(read_json(folder / CONFIG), folder / CONFIG, adapter)
-    shapes = lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))[1]
+    shapes = lora.split(param_shapes(model))[1]
     slots = make_slots(_rules(TABLES[family_of(model)]), shapes)
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{folder / WEIGHTS} is missing; expected a folder that PEFT's save_pretrained wrote")

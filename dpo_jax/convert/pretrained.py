@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import numpy as np
 import transformers
 from huggingface_hub import snapshot_download
@@ -23,7 +22,7 @@ from dpo_jax.convert.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from dpo_jax.convert.neox import NEOX
 from dpo_jax.convert.table import Table
 from dpo_jax.convert.tensors import Entry, read_entries
-from dpo_jax.models import FAMILIES, init_params, make_model
+from dpo_jax.models import FAMILIES, make_model, param_shapes
 from dpo_jax.types import Params, Targets, on_host
 
 # A family's name here is its model_type there.
@@ -77,7 +76,7 @@ class Pretrained:
           ValueError: tensors that do not fit the config; both sides are listed.
         """
         table = TABLES[self.family]
-        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        shapes = param_shapes(model)
         slots = make_slots(table.rules, shapes)
         entries = _with_prefix(read_entries(self.folder), table.prefix)
         ignored = "|".join(filter(None, (table.ignored, r"lm_head\.weight" if self.fields.get("tied_head") else "")))

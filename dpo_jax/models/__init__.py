@@ -7,6 +7,7 @@ and ``empty_cache(rows, slots)``; parameters are a plain nested dict.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,12 @@ def unrolled(model: nn.Module) -> nn.Module:
 def init_params(model: nn.Module, key: jax.Array) -> Params:
     """Fresh parameters without the boxes that carry axis names."""
     return nn.unbox(_init(model, key))
+
+
+@functools.lru_cache(maxsize=16)
+def param_shapes(model: nn.Module) -> Params:
+    """Shapes of the parameters, adapters beside their layers; nothing is computed."""
+    return jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
 
 
 def logical_axes(model: nn.Module) -> dict[str, Names]:

@@ -91,6 +91,8 @@ class Decoder(nn.Module):
             length=c.layers,
             unroll=c.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
+            # Tracing the layer once more would find no broken invariant, but initial parameters are drawn so.
+            check_constancy_invariants=self.is_initializing(),
         )
         self.blocks = blocks(c)
         self.final_norm = self.norm(c)

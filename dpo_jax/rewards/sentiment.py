@@ -7,6 +7,7 @@ so a policy pushed far from its reference can raise it with gibberish; the rewar
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import zipfile
@@ -64,8 +65,12 @@ class SentimentReward:
     def __init__(self, terms: Sequence[str], idf_T: np.ndarray, weight_T: np.ndarray, intercept: float, words: int):
         self.terms, self.idf_T, self.weight_T = list(terms), idf_T, weight_T
         self.intercept, self.words = float(intercept), int(words)
-        self._vectorizer = _vectorizer(self.words, vocabulary={term: n for n, term in enumerate(self.terms)})
-        self._vectorizer.idf_ = idf_T
+
+    @functools.cached_property
+    def _tfidf(self) -> TfidfVectorizer:
+        vectorizer = _vectorizer(self.words, vocabulary={term: n for n, term in enumerate(self.terms)})
+        vectorizer.idf_ = self.idf_T
+        return vectorizer
 
     def __call__(self, texts: Sequence[str]) -> np.ndarray:
         """Judges texts.
@@ -80,7 +85,7 @@ class SentimentReward:
             return np.zeros(0)
         from scipy.special import expit
 
-        return expit(self._vectorizer.transform(texts) @ self.weight_T + self.intercept)
+        return expit(self._tfidf.transform(texts) @ self.weight_T + self.intercept)
 
     @classmethod
     def train(cls, reviews: Iterable[Review], settings: Settings | None = None) -> SentimentReward:
@@ -178,7 +183,7 @@ class SentimentReward:
 
 
 def _vectorizer(words: int, **kwargs: Any) -> TfidfVectorizer:
-    # scikit-learn takes a second to import, and every program imports this module; few judge anything.
+    # scikit-learn takes seconds to import: few programs judge anything, and those can do other things before.
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     return TfidfVectorizer(ngram_range=(1, words), sublinear_tf=True, token_pattern=_WORD, **kwargs)

@@ -123,7 +123,7 @@ def make_judge(run: OpenedRun, rows: int = 256) -> Callable[[Params, Sequence[tu
         for start in range(0, len(texts), rows):
             part = list(texts[start : start + rows])
             batch = rows_of(part + [part[0]] * (rows - len(part)), _room(run))
-            found.append(compiled(placed, batch)[: len(part)])
+            found.append(compiled(placed, batch).result()[: len(part)])
         return np.concatenate(found).astype(np.float64)
 
     return judge

@@ -130,7 +130,7 @@ class Rloo(OpenedRun):
                         bar.update(1, reward=numbers["reward"])
                     if number % self.config.eval.every == 0 or number == self.steps:
                         for prefix, evaluator in evaluators.items() if number > first or first == 0 else ():
-                            found = dict(evaluator(state, hyper, number))
+                            found = evaluator(state, hyper, number).result()
                             writer.write(number, found, prefix)
                             latest |= {f"{prefix}/{name}": value for name, value in found.items()}
                     if number > first and (number % self.config.checkpoint.every == 0 or number == self.steps):
@@ -143,7 +143,8 @@ class Rloo(OpenedRun):
         """One step: sample, judge, update."""
         clocks = [time.process_time()]
         prompts = self._prompts_of(number)
-        answers = self._completer.sample(state.params, prompts, self.config.seed, 1.0, first_row=number * self._rows)
+        drawn = self._completer.sample(state.params, prompts, self.config.seed, 1.0, first_row=number * self._rows)
+        answers = drawn.result()
         clocks.append(time.process_time())
         reward_R = np.asarray(self._judge(prompts, answers), np.float32)
         clocks.append(time.process_time())

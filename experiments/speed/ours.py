@@ -21,7 +21,7 @@ from dpo_jax.data.layouts import LAYOUTS, pad_rows, split_targets
 from dpo_jax.data.pipeline import mismatch
 from dpo_jax.logprobs import target_scores
 from dpo_jax.losses.objective import make_objective
-from dpo_jax.models import init_params
+from dpo_jax.models import param_shapes
 from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel
 from dpo_jax.state import Hyper, StepConfig, TrainState
@@ -119,9 +119,9 @@ class Worker:
         for examples in batches:
             batch = pad_rows(LAYOUTS[self.settings.layout](examples, plain), self.rows)
             if not found:
-                score(on_device, batch)  # compiles
+                score(on_device, batch).result()  # compiles
             begin = time.perf_counter()
-            values = split_targets(score(on_device, batch), batch, examples)
+            values = split_targets(score(on_device, batch).result(), batch, examples)
             self.reference_seconds += time.perf_counter() - begin
             found.append([_with_values(e, v) for e, v in zip(examples, values, strict=True)])
         return found
@@ -143,7 +143,7 @@ def _state(
     trained, frozen = params, params if reference == "step" else None
     if reference == "lora":
         model = lora.with_adapter(model, lora.Adapter(".*", rank=8, alpha=16.0))
-        shapes = lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))[1]
+        shapes = lora.split(param_shapes(model))[1]
         trained, frozen = lora.fresh(shapes, seed=0), params
     zeros = jax.eval_shape(optimizer.init, trained)
     placed = TrainState(

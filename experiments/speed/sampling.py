@@ -20,7 +20,7 @@ from absl import app, flags, logging
 
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.parallel import DataParallel
-from dpo_jax.sampling import make_sampler, row_keys
+from dpo_jax.sampling import make_sampler, row_draws
 from experiments.speed import work
 from experiments.speed.run import Process, trl_environment
 
@@ -48,7 +48,7 @@ def our_sampler(model_folder: str, prompts: Sequence[Sequence[int]], new_tokens:
     warmth_R, numbers = np.ones(len(prompts), np.float32), itertools.count()
 
     def sample() -> int:
-        out = draw(params, tokens_RP, lengths_R, row_keys(next(numbers), np.arange(len(prompts))), warmth_R)
+        out = draw(params, tokens_RP, lengths_R, row_draws(next(numbers), np.arange(len(prompts))), warmth_R).result()
         return int(out.length_R.sum())
 
     return sample

@@ -15,7 +15,7 @@ from dpo_jax.convert.tensors import write_tensors
 from dpo_jax.logprobs import token_scores
 from dpo_jax.models import init_params
 from dpo_jax.models.layers import project
-from dpo_jax.sampling import make_sampler, row_keys
+from dpo_jax.sampling import make_sampler, row_draws
 from tests.convert import cases
 
 NO_EOS = -1
@@ -49,7 +49,7 @@ def measure(pretrained: Pretrained, seed: int) -> dict:
     tokens, real = cases.padded(prompts, "right")
     sample = jax.jit(make_sampler(model, max_new_tokens=cases.NEW_TOKENS, eos=NO_EOS))
     greedy = np.zeros(len(prompts), np.float32)
-    out = sample(params, tokens, real.sum(1).astype(np.int32), row_keys(0, np.arange(len(prompts))), greedy)
+    out = sample(params, tokens, real.sum(1).astype(np.int32), row_draws(0, np.arange(len(prompts))), greedy)
     return measured | {"generated": np.asarray(out.tokens_RT)}
 
 
