@@ -14,15 +14,15 @@ def get_config(stage: str = "dpo") -> ConfigDict:
     config = importlib.import_module(f"configs.imdb_{stage}").get_config()
     config.data.vocab_size = 2048
     config.data.answer_length = 32 - config.data.prompt_length
-    config.model.update(context_length=32, width=64, layers=2, heads=2, mlp_width=128, unroll=2)
-    config.eval.update(every=1000, examples=1024)
+    config.model.update(context_length=32, width=64, layers=2, heads=2, mlp_width=128, unroll=1)
+    config.eval.update(every=1000, examples=128)
     config.prefer.update(prompts=250, eval_prompts=256, batch_size=256)
     config.checkpoint.every = 1000
     if stage == "sft":
-        config.train.steps = 400
+        config.train.steps = 250
         config.optim.learning_rate = 4e-3
     if stage == "dpo":
-        config.eval.prompts = 256
+        config.eval.update(examples=1024, prompts=256)
         config.data.row_length = 192
         config.optim.learning_rate = 2e-3
         config.train.epochs = 2.0

@@ -26,8 +26,8 @@ class Prepared:
 
     Args:
       fn: what jit or pmap gave.
-      whole: whether it is called with whole arrays; where pmap is called with a process's part of them, a program cannot
-        be made ahead, and is made by the first call.
+      whole: whether calls have whole arrays. Where pmap is called with a process's part of them, no program can be made
+        ahead: the first call makes it.
     """
 
     def __init__(self, fn: Any, whole: bool = True) -> None:

@@ -179,8 +179,9 @@ class OpenedRun:
 
 def shared_devices(shared: Shared, config: Config, model: nn.Module) -> Parallel:
     """The devices, one for all that place things on them alike."""
-    place = ("devices", config.parallel, model if config.parallel.mode == "mesh" else None)
-    return shared.get(place, lambda: make_parallel(config.parallel, model, jax.devices()))
+    settings = dataclasses.replace(config.parallel, devices=config.parallel.devices or jax.device_count())
+    place = ("devices", settings, model if settings.mode == "mesh" else None)
+    return shared.get(place, lambda: make_parallel(settings, model, jax.devices()))
 
 
 def shared_completer(
@@ -190,7 +191,7 @@ def shared_completer(
     data, chunk = config.data, config.train.head_chunk
     lengths = data.prompt_length, data.answer_length
     return shared.get(
-        ("completer", model, sources.tokenizer_folder(data), lengths, rows, chunk, config.parallel),
+        ("completer", model, sources.tokenizer_folder(data), lengths, rows, chunk, parallel),
         lambda: Completer(
             rolled(model),
             tokenizer,
