@@ -15,7 +15,7 @@ from dpo_jax.config import Config
 from dpo_jax.convert.peft import read_adapters
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.hashing import hash_tree
-from dpo_jax.models import init_params, make_model, param_shapes
+from dpo_jax.models import init_params, make_model, param_shapes, rolled
 from dpo_jax.parallel import run_compiled
 from dpo_jax.trees import structure_diff
 from dpo_jax.types import Params, Targets, on_host
@@ -74,7 +74,7 @@ def start_params(config: Config, model: nn.Module, targets: Targets = on_host) -
         return load_policy(buckets.fetched(config.init.run), model, targets)
     if config.init.hf is not None:
         return open_pretrained(config.init.hf).params(model, targets)
-    return run_compiled(lambda key: init_params(model, key), jax.random.key(config.seed))
+    return run_compiled(lambda key: init_params(rolled(model), key), jax.random.key(config.seed))
 
 
 def start_adapters(config: Config, model: nn.Module) -> Params:

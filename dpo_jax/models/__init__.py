@@ -86,4 +86,4 @@ def logical_axes(model: nn.Module) -> dict[str, Names]:
 
 def _init(model: nn.Module, key: jax.Array) -> Params:
     tokens = jnp.zeros((1, 1), jnp.int32)
-    return rolled(model).init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
+    return model.init(key, tokens, tokens, jnp.ones((1, 1, 1), bool))["params"]
