@@ -225,6 +225,7 @@ def main(_: Sequence[str]) -> None:
         "row_length": options.row_length,
         "remat": options.remat,
         "head_chunk": options.head_chunk,
+        "cache": options.programs,
     }
     chosen = [v for v in VARIANTS if not options.only or v.name in options.only]
     groups = [[BASE, *chosen[i : i + options.together - 1]] for i in range(0, len(chosen), options.together - 1)]
@@ -263,5 +264,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("remat", "dots", "what layers keep for the backward pass")
     flags.DEFINE_integer("together", 3, "processes alive at a time; memory is what limits it")
     flags.DEFINE_multi_string("only", [], "name of a variant to measure; all, where it is not given")
+    flags.DEFINE_string("programs", None, "folder that keeps our compiled programs for another run; None keeps none")
     flags.DEFINE_bool("no_trl", False, "measure our own variants only")
     app.run(main)
