@@ -198,8 +198,8 @@ def test_devices_and_micro_batches_change_nothing(data: Path) -> None:
 def test_dropout_draws_anew_for_each_step(data: Path) -> None:
     """Without it, two steps on one batch with a learning rate of nothing have one gradient. No reference is scored."""
     still = {"optim.schedule": "constant", "optim.warmup_steps": 0, "optim.learning_rate": 1e-30}
-    (first, second), state, _ = steps_of(data, "orpo", 1, 2, **still, **{"lora.dropout": 0.5})
-    assert second["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-3)  # without dropout: equal
+    (first, second), state, _ = steps_of(data, "orpo", 1, 2, **still, **{"lora.dropout": 0.8})
+    assert second["grad_norm"] != pytest.approx(first["grad_norm"], rel=1e-2)
     assert state.reference is not None
 
 
