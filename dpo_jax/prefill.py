@@ -61,11 +61,12 @@ def prefill(
     last_RD = jnp.zeros((rows, c.width), c.output_dtype or c.dtype)
     last_RD, key, value = jax.lax.fori_loop(0, -(-used // lanes), read, (last_RD, nothing, nothing))
 
-    def spread(layers: Array) -> tuple[Array, ...]:
+    def spread(layers: Array) -> list[Array]:
         """Into all rows with the same prompt, with room after it."""
-        return tuple(jnp.pad(a[alike_R], ((0, 0), (0, 0), (0, room), (0, 0))) for a in layers)
+        return [jnp.pad(a[alike_R], ((0, 0), (0, 0), (0, room), (0, 0))) for a in layers]
 
-    return last_RD[alike_R], Cache(spread(key), spread(value), jnp.pad(slot_RP, ((0, 0), (0, room))))
+    keys = tuple(a.swapaxes(2, 3) for a in spread(key))
+    return last_RD[alike_R], Cache(keys, tuple(spread(value)), jnp.pad(slot_RP, ((0, 0), (0, room))))
 
 
 def _first_alike(prompt_RP: Array, length_R: Array) -> Array:

@@ -11,9 +11,11 @@ import numpy as np
 from flax import struct
 
 from dpo_jax.models import unrolled
-from dpo_jax.models.layers import project
+from dpo_jax.models.layers import Cache, project
 from dpo_jax.prefill import prefill
 from dpo_jax.types import Array, Params
+
+_ALIGNED = 16  # slots of the cache come in as many: products read rows of fp32 from where lines of 64 bytes begin
 
 
 @struct.dataclass
@@ -47,7 +49,7 @@ def make_sampler(
     Prompts are padded on the right to P tokens; T = ``max_new_tokens``; a temperature of 0 takes the likeliest token.
     The random numbers of a row depend on its own ``row_draws`` and on the place of the token alone, so a row's
     completion does not depend on the rows beside it, but for the rounding of sums. The cache has the model's compute
-    dtype: samples come from the same function that scores them.
+    dtype: samples come from the same function that scores them. While it works, the layers' parameters lie there twice.
 
     Args:
       model: a family's module.
@@ -67,8 +69,11 @@ def make_sampler(
 
     def sample(params: Params, prompt_RP: Array, length_R: Array, draws_R2: Array, temperature_R: Array) -> Samples:
         rows, prompt_slots = prompt_RP.shape
+        room = max_new_tokens + -(prompt_slots + max_new_tokens) % _ALIGNED
         key_R = jax.vmap(lambda draws: jax.random.fold_in(jax.random.key(draws[0]), draws[1]))(draws_R2)
         variables = {"params": params}
+        # Copies, made once: a part of an array is a copy on CPUs, which each token would make anew.
+        layers = [jax.tree.map(lambda a, n=n: a[n], params["blocks"]) for n in range(model.config.layers)]
         head_VD = model.apply(variables, method="head")
         seen_RP = jnp.arange(prompt_slots)[None] < length_R[:, None]
 
@@ -78,8 +83,19 @@ def make_sampler(
             warmth_R = jnp.where(temperature_R > 0, temperature_R, 1.0)
             drawn_R = draw_token(keep_likeliest(logits_RV / warmth_R[:, None], top_k, top_p), uniform_R)
             token_R = jnp.where(temperature_R > 0, drawn_R, jnp.argmax(logits_RV, axis=1).astype(jnp.int32))
-            logp_RV = jax.nn.log_softmax(logits_RV)
-            return token_R, jnp.take_along_axis(logp_RV, token_R[:, None], axis=1)[:, 0]
+            taken_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
+            return token_R, taken_R - jax.nn.logsumexp(logits_RV, axis=1)
+
+        def read(token_R: Array, t: Array, cache: Cache) -> tuple[Array, Cache]:
+            slot = jnp.arange(prompt_slots + room)[None]
+            sampled_1T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
+            mask_RT = jnp.pad(seen_RP, ((0, 0), (0, room))) | sampled_1T
+            stacked = params | {"blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
+            position_R1, start = (length_R + t)[:, None], prompt_slots + t
+            hidden_RQD, cache = stepped.apply(
+                {"params": stacked}, token_R[:, None], position_R1, mask_RT[:, None], cache, start
+            )
+            return hidden_RQD[:, 0], cache
 
         def body(carry: tuple) -> tuple:
             t, hidden_RD, cache, out = carry
@@ -91,20 +107,13 @@ def make_sampler(
                 length_R=out.length_R + live_R,
                 ended_R=out.ended_R | jnp.any(token_R[:, None] == ends[None], axis=1),
             )
-            slot = jnp.arange(prompt_slots + max_new_tokens)[None]
-            sampled_1T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
-            mask_RT = jnp.pad(seen_RP, ((0, 0), (0, max_new_tokens))) | sampled_1T
-            position_R1 = (length_R + t)[:, None]
-            hidden_RQD, cache = stepped.apply(
-                variables, token_R[:, None], position_R1, mask_RT[:, None], cache, prompt_slots + t
-            )
-            return t + 1, hidden_RQD[:, 0], cache, out
+            return t + 1, *read(token_R, t, cache), out
 
         def unfinished(carry: tuple) -> Array:
             t, _, _, out = carry
             return (t < max_new_tokens) & ~jnp.all(out.ended_R)
 
-        last_RD, cache = prefill(model, variables, prompt_RP, length_R, room=max_new_tokens, lanes=lanes)
+        last_RD, cache = prefill(model, variables, prompt_RP, length_R, room=room, lanes=lanes)
         empty = jnp.zeros((rows, max_new_tokens), jnp.int32)
         out = Samples(empty, empty.astype(jnp.float32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
         return jax.lax.while_loop(unfinished, body, (jnp.int32(0), last_RD, cache, out))[3]

@@ -47,10 +47,10 @@ def test_shared_rows_give_what_each_prompt_gives_alone(model, row_length: int, l
         # The same products in rows of another length: fp32 rounding of numbers of size 1.
         np.testing.assert_allclose(hidden, apply(params, tokens[r : r + 1], position, mask)[0], atol=1e-5)
         np.testing.assert_allclose(last[r], hidden[0, n - 1], atol=1e-5)
-        for found, expected in ((cache.key, key), (cache.value, value)):
-            np.testing.assert_allclose(np.stack(found)[:, r, :, :n], expected[:, 0, :, :n], atol=1e-5)
+        for found, expected in ((np.stack(cache.key).swapaxes(3, 4), key), (np.stack(cache.value), value)):
+            np.testing.assert_allclose(found[:, r, :, :n], expected[:, 0, :, :n], atol=1e-5)
         np.testing.assert_array_equal(cache.position[r, :n], np.arange(n))
-    assert {a.shape[2] for a in (*cache.key, *cache.value)} == {tokens.shape[1] + ROOM}
+    assert {a.shape[3] for a in cache.key} == {a.shape[2] for a in cache.value} == {tokens.shape[1] + ROOM}
 
 
 def test_rows_are_filled_one_after_the_other() -> None:

@@ -137,7 +137,7 @@ class Decoder(nn.Module):
         """Of whole rows, (hidden [R, L, D] after the final norm, keys [N, R, K, L, E], values of the same shape)."""
         empty = _stacked(self.empty_cache(tokens_RL.shape[0], 0))
         hidden, cache = self._read(tokens_RL, position_RL, mask_RLL, empty)
-        return hidden, cache.key, cache.value
+        return hidden, cache.key.swapaxes(3, 4), cache.value
 
     def _read(self, tokens_RL: Array, position_RL: Array, sight: Array | Sight, cache: Cache | None) -> tuple:
         layers = self._layers(tokens_RL.shape[1])
@@ -166,8 +166,8 @@ class Decoder(nn.Module):
     def empty_cache(self, rows: int, slots: int) -> Cache:
         """A cache for ``slots`` tokens a row."""
         c = self.config
-        zeros = (jnp.zeros((rows, c.key_heads, slots, c.size), c.dtype),) * c.layers
-        return Cache(zeros, zeros, jnp.zeros((rows, slots), jnp.int32))
+        empty = kept(*[jnp.zeros((rows, slots, c.key_heads, c.size), c.dtype)] * 2)
+        return Cache((empty.key,) * c.layers, (empty.value,) * c.layers, jnp.zeros((rows, slots), jnp.int32))
 
     def _context(
         self,

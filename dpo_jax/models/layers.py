@@ -22,12 +22,12 @@ from dpo_jax.types import Array
 class Cache:
     """Keys and values of the tokens seen so far, in the model's compute dtype.
 
-    A head's slots lie side by side, as products read them, and each layer's in an array of its own: on CPUs a part of
-    an array is a copy, made anew for every token.
+    A head's slots lie side by side, as products read them: scores run over a key's slots, sums over a value's size.
+    Each layer's lie in an array of its own: on CPUs a part of an array is a copy, made anew for every token.
 
     Attributes:
-      key: for each layer [R, K, T, E], T being the slots; of one layer, this array alone.
-      value: the same.
+      key: for each layer [R, K, E, T], T being the slots; of one layer, this array alone.
+      value: for each layer [R, K, T, E].
       position: int32 [R, T], the position of each slot's token; None in a single layer's part.
     """
 
@@ -56,13 +56,13 @@ def soft_cap(x: Array, cap: float | None) -> Array:
 
 
 def kept(k_RQKE: Array, v_RQKE: Array) -> Cache:
-    """Keys and values of one layer's Q tokens as a cache keeps them, [R, K, Q, E]."""
-    return Cache(k_RQKE.swapaxes(1, 2), v_RQKE.swapaxes(1, 2))
+    """Keys and values of one layer's Q tokens as a cache keeps them, [R, K, E, Q] and [R, K, Q, E]."""
+    return Cache(k_RQKE.transpose(0, 2, 3, 1), v_RQKE.transpose(0, 2, 1, 3))
 
 
 def extend(cache: Cache, new: Cache, start: Array | int) -> Cache:
     """Writes keys and values of one layer's new tokens into the slots from ``start`` on."""
-    key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, 2)
+    key = jax.lax.dynamic_update_slice_in_dim(cache.key, new.key, start, 3)
     return Cache(key, jax.lax.dynamic_update_slice_in_dim(cache.value, new.value, start, 2))
 
 
@@ -85,7 +85,7 @@ def attend(q_RQHE: Array, mask_RQT: Array, cache: Cache, *, scale: float, cap: f
     groups = cache.value.shape[1]
     q_RQKGE = (q_RQHE * scale).reshape(rows, queries, groups, heads // groups, size)
     wide = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    scores = soft_cap(wide("rkgqe,rkte->rkgqt", q_RQKGE.transpose(0, 2, 3, 1, 4), cache.key), cap)
+    scores = soft_cap(wide("rkgqe,rket->rkgqt", q_RQKGE.transpose(0, 2, 3, 1, 4), cache.key), cap)
     masked = jnp.where(mask_RQT[:, None, None], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(masked, axis=-1).astype(q_RQHE.dtype)
     out_RKGQE = wide("rkgqt,rkte->rkgqe", weights, cache.value).astype(q_RQHE.dtype)
