@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ import numpy as np
 from absl import app, flags, logging
 
 from dpo_jax.convert.pretrained import open_pretrained
-from dpo_jax.parallel import DataParallel
 from dpo_jax.sampling import make_sampler, row_draws
 from experiments.speed import work
 from experiments.speed.run import Process, trl_environment
@@ -34,27 +33,44 @@ def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
     return list(itertools.islice(short, count))
 
 
-def our_sampler(model_folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, dtype: str) -> Callable[[], int]:
-    """A function that samples one batch and returns its number of tokens."""
-    pretrained = open_pretrained(model_folder)
-    model = pretrained.model(dtype=jnp.dtype(dtype), unroll=1)
-    parallel = DataParallel(jax.local_devices()[:1])
-    draw = parallel.row_function(make_sampler(model, max_new_tokens=new_tokens, eos=NOBODY), "sample")
-    params = parallel.replicate(pretrained.params(model))
-    lengths_R = np.array(list(map(len, prompts)), np.int32)
-    tokens_RP = np.zeros((len(prompts), lengths_R.max()), np.int32)
-    for row, prompt in zip(tokens_RP, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    warmth_R, numbers = np.ones(len(prompts), np.float32), itertools.count()
+class OurSampler:
+    """Samples the same batch again and again, each time with other random numbers.
 
-    def sample() -> int:
-        out = draw(params, tokens_RP, lengths_R, row_draws(next(numbers), np.arange(len(prompts))), warmth_R).result()
-        return int(out.length_R.sum())
+    Args:
+      model_folder: a Hugging Face folder.
+      prompts: tokens of each.
+      new_tokens: how many are sampled for each.
+      dtype: of weights and products.
 
-    return sample
+    Attributes:
+      config: of the model.
+      program: the compiled sampler.
+    """
+
+    def __init__(self, model_folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, dtype: str) -> None:
+        pretrained = open_pretrained(model_folder)
+        model = pretrained.model(dtype=jnp.dtype(dtype), unroll=1)
+        self.config = model.config
+        self._params = jax.tree.map(jnp.asarray, pretrained.params(model))
+        self._lengths_R = np.array(list(map(len, prompts)), np.int32)
+        self._tokens_RP = np.zeros((len(prompts), self._lengths_R.max()), np.int32)
+        for row, prompt in zip(self._tokens_RP, prompts, strict=True):
+            row[: len(prompt)] = prompt
+        self._numbers = itertools.count()
+        sampler = make_sampler(model, max_new_tokens=new_tokens, eos=NOBODY)
+        self.program = jax.jit(sampler).lower(*self._arguments(0)).compile()
+
+    def _arguments(self, number: int) -> tuple[Any, ...]:
+        rows = len(self._lengths_R)
+        draws_R2, warmth_R = row_draws(number, np.arange(rows)), np.ones(rows, np.float32)
+        return self._params, self._tokens_RP, self._lengths_R, draws_R2, warmth_R
+
+    def __call__(self) -> int:
+        """Samples a batch; its number of tokens."""
+        return int(np.sum(self.program(*self._arguments(next(self._numbers))).length_R))
 
 
-def measure(sample: Callable[[], int], peer: Process, batches: int) -> dict[str, Any]:
+def measure(sample: OurSampler, peer: Process, batches: int) -> dict[str, Any]:
     """Tokens a second of both, in turns; the first batch of each is not counted."""
     ours, theirs = [], []
     for number in range(batches + 1):
@@ -79,7 +95,7 @@ def main(_: Sequence[str]) -> None:
     settings = {"model": options.model, "prompts": str(out / "prompts.json")}
     settings |= {"new_tokens": options.new_tokens, "dtype": options.dtype}
     peer = Process("transformers", [python, script, json.dumps(settings)], {}, out / "workers.log")
-    sample = our_sampler(options.model, prompts, options.new_tokens, options.dtype)
+    sample = OurSampler(options.model, prompts, options.new_tokens, options.dtype)
     result = measure(sample, peer, options.batches)
     peer.end()
     (out / "sampling.json").write_text(json.dumps(result) + "\n", encoding="utf-8")

@@ -118,16 +118,33 @@ def needed_flops(config: DecoderConfig, batch: Iterable[Example], *, passes: int
       batch: pairs.
       passes: 1 for a forward pass, 2 for a backward pass: 4 with a reference in the step, 3 without.
     """
-    c = config
-    attention = c.width * c.size * (2 * c.heads + 2 * c.key_heads)
-    layer = attention + 3 * c.width * c.mlp_width
     total = 0.0
     for example in batch:
         prompt, answers = len(example.prompt), [len(answer.tokens) - 1 for answer in example.answers]
         seen = _triangle(prompt) + sum(_triangle(prompt + n) - _triangle(prompt) for n in answers)
-        total += c.layers * (2 * layer * places(example) + 4 * c.heads * c.size * seen)
-        total += 2 * c.vocab_size * c.width * sum(n + 1 for n in answers)
+        total += _products(config, places(example), seen, sum(n + 1 for n in answers))
     return passes * total
+
+
+def sampling_flops(config: DecoderConfig, prompts: Iterable[int], new_tokens: int) -> float:
+    """FLOPs of the matrix products that samples need: all but the last token are read, and the head gives each new one.
+
+    Args:
+      config: of a model with a gated MLP.
+      prompts: tokens of each.
+      new_tokens: sampled for each.
+    """
+    read = [prompt + new_tokens - 1 for prompt in prompts]
+    return sum(_products(config, n, _triangle(n), new_tokens) for n in read)
+
+
+def _products(config: DecoderConfig, positions: int, seen: int, predicted: int) -> float:
+    """FLOPs of a forward pass over positions that see so many keys in all, and of so many tokens' logits."""
+    c = config
+    attention = c.width * c.size * (2 * c.heads + 2 * c.key_heads)
+    layer = attention + 3 * c.width * c.mlp_width
+    layers = c.layers * (2 * layer * positions + 4 * c.heads * c.size * seen)
+    return layers + 2 * c.vocab_size * c.width * predicted
 
 
 def _triangle(n: int) -> int:

@@ -111,11 +111,12 @@ def test_a_loss_costs_its_median_share_of_dpo() -> None:
 
 def test_a_breakdown_says_what_a_step_does(worker: Worker) -> None:
     text = worker.step.lower(*worker.arguments(0)).compile().as_text()
-    total = breakdown.seconds(breakdown.traced(worker, 0), breakdown.purposes(text))
+    events, purpose = breakdown.traced(lambda: worker.take(0)), breakdown.purposes(text, breakdown.of_a_step)
+    total = breakdown.seconds(events, purpose)
     layers, head, attention = "layers: products", "head: products", "attention, without its matrices"
     expected = {(part, which) for part in (layers, head, attention) for which in breakdown.PASSES} | {("optimizer", "")}
     assert expected <= {key for key, value in total.items() if value > 0}
-    assert f"| {layers} | {total[layers, 'reference']:.2f} |" in breakdown.table(total)
+    assert f"| {layers} | {total[layers, 'reference']:.2f} |" in breakdown.table(total, breakdown.PASSES)
 
 
 def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
@@ -125,8 +126,17 @@ def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
 
 
 def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, object]) -> None:
-    sample = sampling.our_sampler(str(common["model"]), [[1, 2, 3], [4]], 5, "float32")
+    sample = sampling.OurSampler(str(common["model"]), [[1, 2, 3], [4]], 5, "float32")
     assert sample() == 2 * 5
+
+
+def test_a_breakdown_says_what_the_sampler_does(common: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "prompts.json").write_text("[[1, 2, 3], [4]]", encoding="utf-8")
+    lines = breakdown.of_sampling(str(common["model"]), str(tmp_path / "prompts.json"), 5).splitlines()
+    assert lines[0] == "| | prompts, s | new tokens, s | all, s | share |"
+    assert {"layers: products", "head: products", "attention, without its matrices", "drawing"} <= {
+        line.split("|")[1].strip() for line in lines if line.startswith("| ")
+    }
 
 
 def test_layers_that_keep_less_need_less_memory(common: dict[str, object]) -> None:
