@@ -96,7 +96,7 @@ class Completer:
 
     def sample(
         self, params: Params, prompts: Sequence[np.ndarray], seed: int, temperature: float, first_row: int = 0
-    ) -> Begun[list[Answer]]:
+    ) -> Begun[tuple[list[Answer], np.ndarray]]:
         """One answer to each prompt.
 
         Args:
@@ -107,7 +107,8 @@ class Completer:
           first_row: number of the first prompt, when these are a part of many.
 
         Returns:
-          Answers, with the EOS where it was drawn.
+          (answers, with the EOS where it was drawn; the log-probability of each under the untempered model, nats,
+          float32 [n]).
         """
         begun = []
         for start in range(0, len(prompts), self.rows):
@@ -116,7 +117,7 @@ class Completer:
             draws = row_draws(seed, first_row + start + np.arange(self.rows))
             heat = np.full(self.rows, temperature, np.float32)
             begun.append((self._sample(params, tokens, lengths, draws, heat), len(part)))
-        return Begun(lambda: [answer for samples, n in begun for answer in _to_answers(samples.result(), n)])
+        return Begun(lambda: _joined([_to_answers(samples.result(), n) for samples, n in begun]))
 
     def logps(self, params: Params, prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> Begun[np.ndarray]:
         """Log-probability of each answer after its prompt, nats, float32 [n]."""
@@ -135,7 +136,9 @@ class Completer:
 class SampledAnswers:
     """Answers of the policy to held-out prompts: reward, KL from the reference, length, endings, repetition.
 
-    Each evaluation draws with the same random numbers, and writes its answers to ``samples/``.
+    Each evaluation draws with the same random numbers, and writes its answers to ``samples/``. The KL is the mean of
+    log π(y) − log π_ref(y): the first as the sampler drew, the second as training scores. So a sampler that drew from
+    anything but the policy would show a KL before the first step.
 
     Args:
       completer: samples and scores.
@@ -162,17 +165,17 @@ class SampledAnswers:
         self._folder, self._seed, self._temperature = folder, seed, temperature
 
     def __call__(self, state: TrainState, hyper: Hyper, step: int) -> Begun[dict[str, float]]:
-        sides = self._sides(state)
-        answers = self._completer.sample(sides[0], self._prompts, self._seed, self._temperature)
-        return Begun(lambda: self._judged(step, sides, answers.result()))
+        policy, reference = self._sides(state)
+        drawn = self._completer.sample(policy, self._prompts, self._seed, self._temperature)
+        return Begun(lambda: self._judged(step, reference, *drawn.result()))
 
-    def _judged(self, step: int, sides: tuple[Params, Params], answers: Sequence[Answer]) -> dict[str, float]:
-        policy, reference = (self._completer.logps(params, self._prompts, answers) for params in sides)
+    def _judged(self, step: int, params: Params, answers: Sequence[Answer], logps: np.ndarray) -> dict[str, float]:
+        reference = self._completer.logps(params, self._prompts, answers)
         texts = [
             self._completer.text(np.concatenate([p, a.tokens])) for p, a in zip(self._prompts, answers, strict=True)
         ]
         rewards = None if self._reward is None else np.asarray(self._reward(texts), np.float64)
-        ratios = policy.result() - reference.result()
+        ratios = logps - reference.result()
         self._write(step, answers, ratios, rewards)
         return dict(self._numbers(answers, ratios.astype(np.float64), rewards))
 
@@ -229,6 +232,11 @@ def _right_padded(prompts: Sequence[np.ndarray], rows: int, length: int) -> tupl
     return tokens, lengths
 
 
-def _to_answers(samples: Samples, count: int) -> list[Answer]:
+def _to_answers(samples: Samples, count: int) -> tuple[list[Answer], np.ndarray]:
     rows = zip(samples.tokens_RT[:count], samples.length_R[:count], strict=True)
-    return [Answer(tokens[:n], np.ones(n, np.float32), CHOSEN) for tokens, n in rows]
+    answers = [Answer(tokens[:n], np.ones(n, np.float32), CHOSEN) for tokens, n in rows]
+    return answers, np.sum(samples.logp_RT[:count], axis=1)
+
+
+def _joined(parts: Sequence[tuple[list[Answer], np.ndarray]]) -> tuple[list[Answer], np.ndarray]:
+    return [answer for answers, _ in parts for answer in answers], np.concatenate([logps for _, logps in parts])

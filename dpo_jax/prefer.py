@@ -121,7 +121,7 @@ class _PairMaker:
     def _sample(self, prompts: Sequence[np.ndarray], seed: int, first: int) -> list[tuple[Answer, float]]:
         begin = time.monotonic()
         heat = self.config.prefer.temperature
-        answers = self.completer.sample(self.params, prompts, seed, heat, first_row=first).result()
+        answers, _ = self.completer.sample(self.params, prompts, seed, heat, first_row=first).result()
         if self.tokens:  # the first batch compiles
             self.seconds += time.monotonic() - begin
         self.tokens += sum(len(a.tokens) for a in answers) if self.seconds else 1e-9

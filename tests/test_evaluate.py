@@ -81,7 +81,8 @@ def test_a_policy_that_is_its_reference_has_no_kl(tmp_path) -> None:
     params = parallel.replicate(tiny_params(tiny_model()))
     evaluator = SampledAnswers(answerer, PROMPTS, lambda _: (params, params), None, tmp_path, seed=0, temperature=1.0)
     numbers = evaluator(None, None, 0).result()
-    assert numbers["kl"] == 0.0 and numbers["kl_se"] == 0.0
+    # The sampler's sums against the scorer's: fp32 rounding of sums of up to six terms of up to 10 nats.
+    assert abs(numbers["kl"]) < 1e-4 and numbers["kl_se"] < 1e-4
     assert "reward" not in numbers
 
 
@@ -90,7 +91,7 @@ def test_the_draws_do_not_depend_on_how_many_are_drawn_at_a_time() -> None:
     for rows in (5, 2):
         answerer, parallel = completer(rows)
         params = parallel.replicate(tiny_params(tiny_model()))
-        answers = answerer.sample(params, PROMPTS, seed=1, temperature=1.0).result()
+        answers, _ = answerer.sample(params, PROMPTS, seed=1, temperature=1.0).result()
         drawn.append([a.tokens.tolist() for a in answers])
     assert drawn[0] == drawn[1]
 

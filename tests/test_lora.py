@@ -224,7 +224,8 @@ def test_a_run_that_is_killed_goes_on_to_the_bit(data: Path, run: Path, tmp_path
     assert tiny_run.results(workdir) == tiny_run.results(run)
     first = read_metrics(run / "metrics.jsonl")[0]
     assert first["eval/loss"] == pytest.approx(math.log(2), abs=1e-7) and first["eval/rewards/margins"] == 0.0
-    assert first["samples/kl"] == 0.0
+    # The sampler's log-probabilities less the scorer's of the same parameters: fp32 rounding of sums of some 10 nats.
+    assert abs(first["samples/kl"]) < 1e-5
 
 
 def test_only_adapters_are_saved(run: Path) -> None:

@@ -129,7 +129,7 @@ def best_of_n(one: Run, folder: Path, shared: Shared, most: int) -> dict[str, An
     learned = shared.get(("rlhf judge", "learned", one.config.seed), lambda: _judge(one, "learned", folder, shared))
     truths, guesses = [], []
     for n in range(most):
-        answers = completer.sample(params, prompts, run.config.seed + 1, 1.0, first_row=n * len(prompts)).result()
+        answers, _ = completer.sample(params, prompts, run.config.seed + 1, 1.0, first_row=n * len(prompts)).result()
         both = zip(prompts, answers, strict=True)
         texts = [decode(run.data.tokenizer, np.concatenate([p, a.tokens])) for p, a in both]
         truths.append(reward(texts))

@@ -22,7 +22,7 @@ FIGURE, TABLE, SAMPLES = "reward_kl.png", "report.md", "samples.md"
 ACCURACY = "eval/rewards/accuracies"
 ROWS = {
     "samples/reward": ("reward of samples, P(positive)", "{:.3f}"),
-    "samples/kl": ("KL(policy ‖ reference), nats a sequence", "{:.2f}"),
+    "samples/kl": ("KL(policy ‖ reference), nats a sequence", "{:z.2f}"),
     ACCURACY: ("implicit-reward accuracy on held-out pairs", "{:.3f}"),
     "eval/rewards/margins": ("implicit-reward margin, β · nats", "{:.3f}"),
     "samples/length": ("length of answers, tokens", "{:.1f}"),

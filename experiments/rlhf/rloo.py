@@ -144,7 +144,7 @@ class Rloo(OpenedRun):
         clocks = [time.process_time()]
         prompts = self._prompts_of(number)
         drawn = self._completer.sample(state.params, prompts, self.config.seed, 1.0, first_row=number * self._rows)
-        answers = drawn.result()
+        answers, _ = drawn.result()
         clocks.append(time.process_time())
         reward_R = np.asarray(self._judge(prompts, answers), np.float32)
         clocks.append(time.process_time())
