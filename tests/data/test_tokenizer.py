@@ -41,6 +41,17 @@ def test_decode_leaves_special_tokens_out():
     assert tokenizers.decode(TOKENIZER, [TOKENIZER.bos_token_id, *tokens, TOKENIZER.eos_token_id]) == "The film"
 
 
+@pytest.mark.parametrize("special", [False, True])
+def test_tokens_are_those_that_transformers_gives_whatever_the_file_says_of_length(special):
+    own, theirs = (tokenizers.train_tokenizer(TEXTS, 300) for _ in range(2))
+    own.backend_tokenizer.enable_truncation(4)
+    own.backend_tokenizer.enable_padding(length=99)
+    texts = [*TEXTS[:3], f"a {own.eos_token} b", ""]
+    expected = theirs(texts, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
+    assert [row.tolist() for row in tokenizers.encode(own, texts, special)] == expected
+    assert (own.eos_token_id in expected[3]) == special
+
+
 def test_no_text_gives_no_tokens():
     assert tokenizers.encode(TOKENIZER, []) == []
     assert tokenizers.encode(TOKENIZER, [""])[0].tolist() == []
