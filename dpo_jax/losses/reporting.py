@@ -103,9 +103,9 @@ GLOSSARY: dict[str, tuple[str, str]] = {
         "Of answers sampled to held-out prompts: reward (P under the ground truth), kl (mean log-ratio to the start of "
         "the run, an unbiased estimate of KL(policy ‖ reference) in nats a sequence), their standard errors (_se), "
         "length in tokens, eos_share, repetition (share of trigrams that repeat).",
-        "kl is not 0 at step 0: the sampler draws from something else than the policy that is scored. kl grows while "
-        "reward does not: over-optimisation. eos_share falls or repetition rises: the policy exploits the judge rather "
-        "than writing better.",
+        "kl is more than rounding at step 0: the sampler draws from something else than the policy that is scored. kl "
+        "grows while reward does not: over-optimisation. eos_share falls or repetition rises: the policy exploits the "
+        "judge rather than writing better.",
     ),
     "<loss>/<number>": (
         "A number of the whole batch that a loss uses: KTO's reference point z (nats), BCO's shift δ, β-DPO's β.",

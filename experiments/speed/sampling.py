@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
+from dpo_jax.allocator import keep_freed_pages
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.sampling import make_sampler, row_draws
 from experiments.speed import work
@@ -48,6 +49,7 @@ class OurSampler:
     """
 
     def __init__(self, model_folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, dtype: str) -> None:
+        keep_freed_pages()  # as all that runs on the product's devices does
         pretrained = open_pretrained(model_folder)
         model = pretrained.model(dtype=jnp.dtype(dtype), unroll=1)
         self.config = model.config

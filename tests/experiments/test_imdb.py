@@ -27,7 +27,7 @@ def test_the_reward_goes_up(workdir: Path) -> None:
     rows = [row for row in read_metrics(workdir / "dpo" / "metrics.jsonl") if "samples/reward" in row]
     first, last = rows[0], rows[-1]
     # The sampler's log-probabilities less the scorer's of the same parameters: fp32 rounding of sums of some 100 nats.
-    assert abs(first["samples/kl"]) < 1e-4 and last["samples/kl"] > 0.1
+    assert abs(first["samples/kl"]) < 1e-5 and last["samples/kl"] > 0.1
     # The same draws before and after: a rise of two standard errors is no accident.
     assert last["samples/reward"] > first["samples/reward"] + 2 * last["samples/reward_se"]
     assert last["eval/rewards/accuracies"] > 0.5
