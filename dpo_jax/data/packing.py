@@ -9,6 +9,8 @@ buffer that does. Every example is in exactly one row. Rows of 10, the lengths 6
     row 1   7 2     buffer 7 2 4: 7, then 2 (4 does not fit)
     row 2   4
 
+Rows made like this begin with long examples and end with short ones, so an epoch takes them in shuffled order.
+
 Examples of one prompt can be kept together, as a *family* that lies in a row as one: a prompt once, and each different
 answer once. The six pairs of four answers take four answers' room, not twelve.
 """
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,11 +44,20 @@ class Rows:
     members: np.ndarray
     starts: np.ndarray
 
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[int]]) -> Rows:
+        """From the members of each row."""
+        return cls(np.array(list(itertools.chain(*rows)), np.int64), np.cumsum([0, *map(len, rows)]))
+
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, row: int) -> np.ndarray:
         return self.members[self.starts[row] : self.starts[row + 1]]
+
+    def reordered(self, order: np.ndarray) -> Rows:
+        """The same rows, in the order of these indices."""
+        return Rows.of([self[row].tolist() for row in order.tolist()])
 
 
 @runtime_checkable
@@ -173,9 +185,9 @@ def row_positions(lengths: np.ndarray) -> np.ndarray:
     return lengths.astype(np.int64).sum(axis=1) - (lengths.shape[1] - 1)
 
 
-def shuffled(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of an epoch: a permutation of ``count`` indices by seed and epoch alone."""
-    return np.random.default_rng([seed, epoch]).permutation(count)
+def shuffled(count: int, *key: int) -> np.ndarray:
+    """A permutation of ``count`` indices, drawn by the key alone."""
+    return np.random.default_rng(key).permutation(count)
 
 
 def plan_rows(
@@ -210,20 +222,14 @@ def plan_rows(
             "key, or lower data.prompt_length and data.answer_length so that examples are truncated"
         )
     waiting = _Buffer(positions.tolist())
-    members: list[int] = []
-    starts = [0]
-
-    def fill() -> None:
-        members.extend(_take_row(waiting, row_length, row_examples))
-        starts.append(len(members))
-
+    rows: list[list[int]] = []
     for index in order.tolist():
         waiting.add(index)
         if len(waiting) >= look_ahead:
-            fill()
+            rows.append(_take_row(waiting, row_length, row_examples))
     while len(waiting):
-        fill()
-    return Rows(np.array(members, np.int64), np.array(starts, np.int64))
+        rows.append(_take_row(waiting, row_length, row_examples))
+    return Rows.of(rows)
 
 
 def _take_row(waiting: _Buffer, room: int, most: int) -> list[int]:

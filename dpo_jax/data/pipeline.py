@@ -22,8 +22,9 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
 from dpo_jax.types import PreferenceBatch, TokenBatch
 
-_VERSION = 2  # of the order of examples: change it when the same seed gives other batches
+_VERSION = 3  # of the order of examples: change it when the same seed gives other batches
 _STEPS = 2**62  # more than any run has
+_ROWS = 1  # the stream of random numbers that shuffles rows, beside the one that shuffles examples
 
 
 class Source(Protocol):
@@ -314,7 +315,8 @@ class _Packed:
         return -(-len(plan) // self._rows)
 
     def _make_plan(self, epoch: int) -> packing.Rows:
-        return _plan(self._units, packing.shuffled(len(self._units.members), self._seed, epoch), self._shape)
+        plan = _plan(self._units, packing.shuffled(len(self._units.members), self._seed, epoch), self._shape)
+        return plan.reordered(packing.shuffled(len(plan), self._seed, epoch, _ROWS))
 
 
 def _check_rows(shape: Shape, mismatched: bool) -> None:
@@ -353,7 +355,7 @@ def _plan(units: packing.Families, order: np.ndarray, shape: Shape) -> packing.R
         units.positions, order, row_length=shape.row_length or 0, row_examples=shape.row_examples // units.largest
     )
     rows = [[i for unit in places[r].tolist() for i in units.members[unit]] for r in range(len(places))]
-    return packing.Rows(np.array([i for row in rows for i in row], np.int64), np.cumsum([0, *map(len, rows)]))
+    return packing.Rows.of(rows)
 
 
 def _lengths(examples: Sequence[Example]) -> np.ndarray:
