@@ -61,7 +61,7 @@ def main(_: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Hugging Face folder of a Llama", required=True)
     flags.DEFINE_string("batches", None, "file of token ids that run.py has written", required=True)
-    flags.DEFINE_integer("row_length", 1536, "positions of a packed row")
+    flags.DEFINE_integer("row_length", 768, "positions of a packed row")
     flags.DEFINE_list("losses", None, "losses to measure; all, where it is not given")
     flags.DEFINE_integer("rounds", 8, "steps of each loss that count")
     app.run(main)

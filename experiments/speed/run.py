@@ -216,7 +216,11 @@ def main(_: Sequence[str]) -> None:
         model = str(out / "model")
         make_small(Path(model), options.tokenizer)
     batches = work.read_batches(
-        options.data, options.tokenizer or model, positions=options.positions, steps=options.steps + 1
+        options.data,
+        options.tokenizer or model,
+        rows=options.rows,
+        row_length=options.row_length,
+        steps=options.steps + 1,
     )
     work.save(batches, out / "batches.json")
     common = {
@@ -258,8 +262,8 @@ if __name__ == "__main__":
     flags.DEFINE_string("trl_python", None, "interpreter with TRL; None makes a virtual environment in --out")
     flags.DEFINE_string("name", "model", "of the model, in the table")
     flags.DEFINE_integer("steps", 6, "steps that count, after the first")
-    flags.DEFINE_integer("positions", 768, "positions of a step's pairs, prompts laid once: about 4 pairs")
-    flags.DEFINE_integer("row_length", 768, "positions of a packed row")
+    flags.DEFINE_integer("rows", 1, "packed rows whose pairs are those of a step")
+    flags.DEFINE_integer("row_length", 768, "positions of a packed row: about 4 pairs")
     flags.DEFINE_integer("head_chunk", 128, "targets whose logits exist at a time")
     flags.DEFINE_string("remat", "dots", "what layers keep for the backward pass")
     flags.DEFINE_integer("together", 3, "processes alive at a time; memory is what limits it")

@@ -29,8 +29,7 @@ NOBODY = -1  # no token: answers end when there is no more room
 
 def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
     """The first prompts of a file that have at most 128 tokens."""
-    batches = work.read_batches(data, tokenizer, positions=1024, steps=count)
-    short = (e.prompt.tolist() for batch in batches for e in batch if len(e.prompt) <= 128)
+    short = (pair.prompt.tolist() for pair in work.read_pairs(data, tokenizer) if len(pair.prompt) <= 128)
     return list(itertools.islice(short, count))
 
 

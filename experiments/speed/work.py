@@ -4,53 +4,66 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from dpo_jax.data.encode import Encoded, Encoder, Encoding
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.files import find_files
 from dpo_jax.data.formats import parse_row
 from dpo_jax.data.layouts import Shape
+from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.data.preparation import Reader
 from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import CHOSEN, REJECTED
 
 LONGEST = 512  # tokens of a prompt with one of its answers; longer pairs are left out, for truncation is not measured
+ROW_EXAMPLES = 16  # most pairs in a packed row; the mean is 4
 
 Batches = list[list[Example]]
 
 
-def read_batches(data: str, tokenizer: str, *, positions: int, steps: int) -> Batches:
-    """Consecutive pairs of a file, in batches that end where the next pair does not fit.
+def read_batches(data: str, tokenizer: str, *, rows: int, row_length: int, steps: int) -> Batches:
+    """The pairs of a run's first steps: those of its packed rows.
 
     Args:
       data: a file of preferences.
       tokenizer: folder of a tokenizer.
-      positions: of a batch, a pair taking those of its prompt once and of both answers.
-      steps: batches wanted.
+      rows: of a step.
+      row_length: positions of a row.
+      steps: wanted.
 
     Raises:
-      ValueError: the file has fewer.
+      ValueError: the file has pairs for fewer.
     """
+    pairs = list(read_pairs(data, tokenizer))
+    kept = [pair for pair in pairs if longest(pair) <= LONGEST and places(pair) <= row_length]
+    logging.info(
+        "%d pairs; %d are left out: longer than %d tokens, or than a row", len(pairs), len(pairs) - len(kept), LONGEST
+    )
+    shape = shape_of([kept], row_length=row_length)
+    pipeline = Pipeline(kept, shape, layout="packed", batch_size=rows, seed=0)
+    if steps > pipeline.steps(1.0):
+        raise ValueError(
+            f"{data} has pairs for {pipeline.steps(1.0)} steps of {rows} rows of {row_length} positions; {steps} were "
+            "asked for"
+        )
+    return [pipeline.examples(step) for step in range(steps)]
+
+
+def read_pairs(data: str, tokenizer: str) -> Iterator[Example]:
+    """The pairs of a file of preferences as a tokenizer's tokens."""
     records = (record for _, record in Reader("skip", 1.0).records(find_files(data), parse_row))
     encoder = Encoder(open_tokenizer(Path(tokenizer)), Encoding(LONGEST, LONGEST))
-    batches: Batches = [[]]
     for chunk in iter(lambda: list(itertools.islice(records, 64)), []):
-        encoded = [item for item in encoder.encode(chunk) if isinstance(item, Encoded)]
-        for example in (example for item in encoded for example in item.examples):
-            if longest(example) > LONGEST or places(example) > positions:
-                continue
-            if sum(map(places, batches[-1])) + places(example) > positions:
-                batches.append([])
-            batches[-1].append(example)
-        if len(batches) > steps:
-            return batches[:steps]
-    raise ValueError(f"{data} has pairs for {len(batches) - 1} steps of {positions} positions; {steps} were asked for")
+        for item in encoder.encode(chunk):
+            if isinstance(item, Encoded):
+                yield from item.examples
 
 
 def longest(example: Example) -> int:
@@ -78,7 +91,7 @@ def shape_of(batches: Batches, *, row_length: int) -> Shape:
         prompt_length=-(-prompt // 32) * 32,
         answer_length=-(-answer // 32) * 32,
         row_length=row_length,
-        row_examples=max(map(len, batches)),
+        row_examples=ROW_EXAMPLES,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.layouts import Shape
+from dpo_jax.data.tokenizer import train_tokenizer
 from dpo_jax.flops import dot_flops, inner_programs
 from dpo_jax.models import init_params, make_model
 from dpo_jax.trees import parameter_count
@@ -74,6 +75,25 @@ def test_all_positions_in_use_need_what_the_formula_says(worker: Worker) -> None
     needed = 2 * (2 * matrices * (p + a + b - 2) + 4 * 16 * keys) + 2 * VOCAB * 16 * (a + b)
     assert work.needed_flops(worker.model.config, [example], passes=1) == needed
     assert work.tokens([example]) == 2 * p + a + b
+
+
+def test_steps_have_the_pairs_of_full_rows(tmp_path: Path) -> None:
+    # A letter is a token: a prompt of 9 with answers of n and m takes 9 + n + m positions, with their EOS and less one.
+    lengths = [divmod(i, 20) for i in np.random.default_rng(0).permutation(400)[:100].tolist()]
+    lines = [json.dumps({"prompt": "p" * 8, "chosen": "c" * n, "rejected": "r" * m}) for n, m in [*lengths, (300, 1)]]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    train_tokenizer(list("pcr"), 260).save_pretrained(tmp_path)
+    read = lambda steps: work.read_batches(  # noqa: E731
+        str(tmp_path / "pairs.jsonl"), str(tmp_path), rows=2, row_length=64, steps=steps
+    )
+    batches = read(20)
+    answers = [tuple(len(a.tokens) for a in example.answers) for batch in batches for example in batch]
+    assert len(set(answers)) == len(answers) > 60
+    places = [sum(map(work.places, batch)) for batch in batches]
+    # In the file's order, two pairs to a row, they would fill three quarters.
+    assert max(places) <= 2 * 64 and np.mean(places) > 0.9 * 2 * 64
+    with pytest.raises(ValueError, match="pairs for 2[0-9] steps of 2 rows of 64 positions; 40 were asked for"):
+        read(40)
 
 
 def test_variants_take_the_same_steps_and_are_traced_once(common: dict[str, object], worker: Worker) -> None:
