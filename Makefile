@@ -22,6 +22,8 @@ help:
 	@echo
 	@echo 'ARGS="…" is passed on: make demo ARGS="--config.seed=1". PYTHON=python3.12 chooses the interpreter of a new .venv.'
 
+# With the GNU C library: huge pages, so that a step's large buffers cost few page faults.
+demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 demo: $(STAMP)
 	$(RUN) experiments.imdb.run --workdir=runs/imdb $(ARGS)
 

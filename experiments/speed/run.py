@@ -29,7 +29,8 @@ from dpo_jax.models import init_params, make_model
 from experiments.speed import work
 from experiments.speed.table import markdown
 
-# What dpo_jax asks glibc for by itself (allocator.py), for a peer: large buffers cost no page faults at every step.
+# Large buffers cost no page faults at every step. A process can ask glibc for this as it starts; dpo_jax asks when it
+# runs (allocator.py), which threads that are there by then do not heed.
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
@@ -65,7 +66,7 @@ def ours(layout: str, dtype: str, reference: str) -> Variant:
     names = {"step": "", "store": ", stored reference", "lora": ", LoRA rank 8"}
     passes = {"step": 4, "store": 3, "lora": None}[reference]
     settings = {"layout": layout, "dtype": dtype, "reference": reference}
-    return Variant(f"{layout}{names[reference]}, {short(dtype)}", settings, passes)
+    return Variant(f"{layout}{names[reference]}, {short(dtype)}", settings, passes, environment=MALLOC)
 
 
 def trl(bf16: bool, tuned: bool) -> Variant:
