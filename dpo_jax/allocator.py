@@ -1,4 +1,9 @@
-"""How the C library keeps memory: where devices are CPUs, the buffers of a step are its own."""
+"""How the C library keeps memory: where devices are CPUs, the buffers of a step are its own.
+
+A thread that has an arena of its own by then maps and unmaps every buffer of more than 64 MiB all the same. With huge
+pages that costs little: GLIBC_TUNABLES=glibc.malloc.hugetlb=1, which is read when a process starts. One arena from the
+start (MALLOC_ARENA_MAX=1) would cost nothing, but tokenizers' threads then wait for each other.
+"""
 
 from __future__ import annotations
 
