@@ -141,7 +141,7 @@ class Pipeline:
 
     def examples(self, step: int) -> list[Example]:
         """The examples of one step, of all processes."""
-        return self._read_all(self._order.rows(step))
+        return self._read(self._order.rows(step))
 
     def train_batches(self, first_step: int) -> Iterator[PreferenceBatch]:
         """Batches from a step on, without end, each epoch in a new order; made ahead in the background."""
@@ -204,14 +204,14 @@ class Pipeline:
         }
 
     def _lay_out(self, rows: Sequence[np.ndarray]) -> PreferenceBatch:
-        own = self._read_all(self._share(rows, self.batch_size))
+        own = self._read(self._share(rows, self.batch_size))
         answers = self._pad(own, self.shape, self.batch_size)
         self._count(answers, len(own))
         return PreferenceBatch(answers, self._mismatched_rows(rows) if self.mismatched else None)
 
     def _mismatched_rows(self, rows: Sequence[np.ndarray]) -> TokenBatch:
         # Which answers meet which prompts is decided over the batch of all processes.
-        others = mismatch(self._read_all(rows))
+        others = mismatch(self._read(rows))
         shape = replace(self.shape, with_prompt=False)
         if not self._packs:
             return self._pad(self._share(others, self.batch_size), shape, self.batch_size)
@@ -221,12 +221,9 @@ class Pipeline:
         share = self._share([plan[r] for r in range(len(plan))], count)
         return self._pad([others[i] for row in share for i in row], shape, count)
 
-    def _read(self, indices: np.ndarray) -> list[Example]:
+    def _read(self, rows: Sequence[np.ndarray]) -> list[Example]:
         family = self._order.family
-        return [replace(self.source[i], family=family.get(i)) for i in indices.tolist()]
-
-    def _read_all(self, rows: Sequence[np.ndarray]) -> list[Example]:
-        return [example for row in rows for example in self._read(row)]
+        return [replace(self.source[i], family=family.get(i)) for row in rows for i in row.tolist()]
 
     def _share(self, rows: Sequence, count: int) -> Sequence:
         """This process's part of ``count`` places, of which the first are taken by ``rows``."""
