@@ -44,13 +44,18 @@ def test_shared_rows_give_what_each_prompt_gives_alone(model, row_length: int, l
     position, mask = np.arange(tokens.shape[1])[None], np.tril(np.ones((1, tokens.shape[1], tokens.shape[1]), bool))
     for r, n in enumerate(lengths):
         hidden, key, value = alone(params, tokens[r : r + 1], position, mask)
-        # The same products in rows of another length: fp32 rounding of numbers of size 1.
-        np.testing.assert_allclose(hidden, apply(params, tokens[r : r + 1], position, mask)[0], atol=1e-5)
-        np.testing.assert_allclose(last[r], hidden[0, n - 1], atol=1e-5)
+        _assert_rounded(hidden, apply(params, tokens[r : r + 1], position, mask)[0])
+        _assert_rounded(last[r], hidden[0, n - 1])
         for found, expected in ((np.stack(cache.key).swapaxes(3, 4), key), (np.stack(cache.value), value)):
-            np.testing.assert_allclose(found[:, r, :, :n], expected[:, 0, :, :n], atol=1e-5)
+            _assert_rounded(found[:, r, :, :n], expected[:, 0, :, :n])
         np.testing.assert_array_equal(cache.position[r, :n], np.arange(n))
     assert {a.shape[3] for a in cache.key} == {a.shape[2] for a in cache.value} == {tokens.shape[1] + ROOM}
+
+
+def _assert_rounded(found, expected) -> None:
+    # The same products in rows of another length, in another order on other processors: of the array's largest number,
+    # some ten times fp32's rounding, 1.2e-7.
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6 * np.max(np.abs(expected)))
 
 
 def test_rows_are_filled_one_after_the_other() -> None:
