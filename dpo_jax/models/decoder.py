@@ -260,7 +260,7 @@ def _attend_row(config: DecoderConfig, q: Array, k: Array, v: Array, layer: Laye
 
 
 class Mlp(nn.Module):
-    """activation(x W_in) W_out."""
+    """activation(x W_in) W_out; all between the products in fp32, rounded once."""
 
     config: DecoderConfig
     activation: Callable[[Any], Any]
@@ -268,12 +268,13 @@ class Mlp(nn.Module):
     @nn.compact
     def __call__(self, x_RQD: Array) -> Array:
         c = self.config
-        h_RQF = self.activation(Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="in")(x_RQD))
+        h_RQF = Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="in")(x_RQD)
+        h_RQF = self.activation(h_RQF.astype(jnp.float32))
         return Dense(c, c.width, ("mlp", "embed"), bias=c.mlp_bias, residual=True, name="out")(h_RQF)
 
 
 class GatedMlp(nn.Module):
-    """(activation(x W_gate) · x W_up) W_down (arXiv 2002.05202)."""
+    """(activation(x W_gate) · x W_up) W_down (arXiv 2002.05202); all between the products in fp32, rounded once."""
 
     config: DecoderConfig
     activation: Callable[[Any], Any]
@@ -284,4 +285,4 @@ class GatedMlp(nn.Module):
         gate = Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="gate")(x_RQD)
         up = Dense(c, c.mlp_width, ("embed", "mlp"), bias=c.mlp_bias, name="up")(x_RQD)
         down = Dense(c, c.width, ("mlp", "embed"), bias=c.mlp_bias, residual=True, name="down")
-        return down(self.activation(gate) * up)
+        return down(self.activation(gate.astype(jnp.float32)) * up)

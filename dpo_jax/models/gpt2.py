@@ -38,7 +38,8 @@ class Block(nn.Module):
         attended, cache = attend_and_keep(c, q, k, v, cache, layer, context)
         x_RQD += Dense(c, c.width, ("heads", "embed"), residual=True, name="attention_out")(attended)
         h_RQD = LayerNorm(c, name="mlp_norm")(x_RQD)
-        h_RQF = jax.nn.gelu(Dense(c, c.mlp_width, ("embed", "mlp"), name="mlp_in")(h_RQD), approximate=True)
+        h_RQF = Dense(c, c.mlp_width, ("embed", "mlp"), name="mlp_in")(h_RQD).astype(jnp.float32)
+        h_RQF = jax.nn.gelu(h_RQF, approximate=True)  # in fp32, rounded once
         return x_RQD + Dense(c, c.width, ("mlp", "embed"), residual=True, name="mlp_out")(h_RQF), cache
 
 

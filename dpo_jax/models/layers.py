@@ -206,7 +206,7 @@ class LayerNorm(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """x / √(mean(x²) + ε) · scale over the last axis, in fp32 (arXiv 1910.07467)."""
+    """x / √(mean(x²) + ε) · scale over the last axis of [R, Q, …, D], in fp32 (arXiv 1910.07467)."""
 
     config: DecoderConfig
     axis: str | None = "norm"
@@ -217,10 +217,11 @@ class RmsNorm(nn.Module):
         c = self.config
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), x.shape[-1:], c.param_dtype)
-        wide = x.astype(jnp.float32)
+        # Where there is one row, CPUs take 20 times as long for the gradient's sums over [1, Q, D] as over [Q, D].
+        wide = jax.lax.collapse(x, 0, 2).astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + c.norm_epsilon)
         weight = self.offset + scale.astype(jnp.float32)
-        return (normed * jax.lax.expand_dims(weight, range(x.ndim - 1))).astype(c.dtype)
+        return (normed * jax.lax.expand_dims(weight, range(wide.ndim - 1))).astype(c.dtype).reshape(x.shape)
 
 
 class UnitRmsNorm(RmsNorm):

@@ -1,4 +1,4 @@
-"""The products that gradients of matrices are."""
+"""What is summed in fp32 and rounded once: products, the gradients of matrices, and what lies between products."""
 
 from __future__ import annotations
 
@@ -6,7 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpo_jax.models import make_model
+from dpo_jax.models.decoder import GatedMlp
 from dpo_jax.models.layers import outer_sum, product
+from tests.tiny import VOCAB
 
 
 def test_half_precision_outer_products_are_summed_in_fp32() -> None:
@@ -30,3 +33,16 @@ def test_a_product_has_the_gradients_of_a_product() -> None:
     got = jax.jit(lambda: pulled_back(lambda x, kernel: product(x, kernel, jnp.float32)))()
     # Sums of up to 40 numbers of about 1, in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), got, expected)
+
+
+def test_a_gate_is_rounded_once() -> None:
+    sizes = dict(vocab_size=VOCAB, context_length=8, width=16, layers=1, heads=2, mlp_width=16, dtype=jnp.bfloat16)
+    mlp = GatedMlp(make_model("llama", sizes).config, jax.nn.silu)
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 5, 16)), jnp.bfloat16)
+    gate, up = (rng.normal(size=(16, 16)).astype(np.float32) for _ in range(2))
+    params = {name: {"kernel": kernel} for name, kernel in (("gate", gate), ("up", up), ("down", np.eye(16)))}
+    got = mlp.apply({"params": params}, x)
+    wide = [product(x, jnp.asarray(kernel), jnp.bfloat16).astype(jnp.float32) for kernel in (gate, up)]
+    expected = (jax.nn.silu(wide[0]) * wide[1]).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got, expected)  # rounded after each of silu's four operations, four of ten differ
