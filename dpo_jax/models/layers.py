@@ -218,7 +218,7 @@ class RmsNorm(nn.Module):
         init = nn.initializers.constant(1.0 - self.offset)
         scale = self.param("scale", nn.with_logical_partitioning(init, (self.axis,)), x.shape[-1:], c.param_dtype)
         # Where there is one row, CPUs take 20 times as long for the gradient's sums over [1, Q, D] as over [Q, D].
-        wide = jax.lax.collapse(x, 0, 2).astype(jnp.float32)
+        wide = x.reshape(-1, *x.shape[2:]).astype(jnp.float32)
         normed = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + c.norm_epsilon)
         weight = self.offset + scale.astype(jnp.float32)
         return (normed * jax.lax.expand_dims(weight, range(wide.ndim - 1))).astype(c.dtype).reshape(x.shape)
