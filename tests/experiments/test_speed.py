@@ -152,7 +152,7 @@ def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, objec
 
 def test_a_breakdown_says_what_the_sampler_does(common: dict[str, object], tmp_path: Path) -> None:
     (tmp_path / "prompts.json").write_text("[[1, 2, 3], [4]]", encoding="utf-8")
-    lines = breakdown.of_sampling(str(common["model"]), str(tmp_path / "prompts.json"), 5).splitlines()
+    lines = breakdown.of_sampling(str(common["model"]), str(tmp_path / "prompts.json"), 5, "float32").splitlines()
     assert lines[0] == "| | prompts, s | new tokens, s | all, s | share |"
     assert {"layers: products", "head: products", "attention, without its matrices", "drawing"} <= {
         line.split("|")[1].strip() for line in lines if line.startswith("| ")
