@@ -139,6 +139,37 @@ def test_a_breakdown_says_what_a_step_does(worker: Worker) -> None:
     assert f"| {layers} | {total[layers, 'reference']:.2f} |" in breakdown.table(total, breakdown.PASSES)
 
 
+@pytest.mark.parametrize(
+    ("path", "product", "purpose"),
+    [
+        (
+            "jvp(Llama)/Llama._read/while/body/closed_call/blocks/mlp/gate/dot_general",
+            True,
+            "layers: products, forward",
+        ),
+        (
+            "transpose(jvp(Llama))/Llama._read/while/body/blocks/attention/key/cond/branch_0_fun/dot_general",
+            True,
+            "layers: products, backward",
+        ),
+        (
+            "jvp(Llama)/Llama._read/while/body/jit(dynamic_update_index_in_dim)/dynamic_update_slice",
+            False,
+            "layers: all else, forward",
+        ),
+        (
+            "Llama/Llama._read/while/body/blocks/attention/while/body/exp",
+            False,
+            "attention, without its matrices, reference",
+        ),
+        ("transpose(jvp())/while/body/cond/branch_0_fun/dot_general", True, "head: products, backward"),
+        ("cond/branch_1_fun/mul", False, "optimizer, "),
+    ],
+)
+def test_an_operation_is_of_what_it_is_for(path: str, product: bool, purpose: str) -> None:
+    assert ", ".join(breakdown.of_a_step(f"jit(_fun)/{path}", product)) == purpose
+
+
 def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
     # orpo reads the prompt's log-probability, kto the answers of other examples.
     for name in ("orpo", "kto"):
