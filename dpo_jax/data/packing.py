@@ -1,15 +1,18 @@
 """Which examples share a row: a plan made from lengths alone, so that any step's rows can be found again.
 
 The plan of an epoch is a function of (lengths, seed, epoch). The examples are shuffled; a buffer of the next ones is
-kept; each row begins with the example that has waited longest and then takes, as long as one fits, the longest of the
-buffer that does. Every example is in exactly one row. Rows of 10, the lengths 6 7 3 2 4 in shuffled order, a buffer of
-4::
+kept; each row takes those that have waited longest until the next one does not fit, and then, as long as one fits, the
+longest of the buffer that does. Every example is in exactly one row. Rows of 10, the lengths 3 2 7 6 5 4 in shuffled
+order, a buffer of 5::
 
-    row 0   6 3     buffer 6 7 3 2: 6 has waited longest, 3 is the longest of those that fit beside it
-    row 1   7 2     buffer 7 2 4: 7, then 2 (4 does not fit)
-    row 2   4
+    row 0   3 2 5   buffer 3 2 7 6 5: 3 and 2 have waited longest, 7 does not fit, 5 is the longest that does
+    row 1   7       buffer 7 6 4: nothing fits into the last three
+    row 2   6 4
 
-Rows made like this begin with long examples and end with short ones, so an epoch takes them in shuffled order.
+So a row's examples are mostly neighbours in shuffled order: of all lengths, and of like number from row to row. Were
+rows filled with the longest at once, some would hold a few long examples and others many short ones, and a step of few
+rows would weigh an example by its length. The short ones that fill rows come before their turn, which leaves longer
+ones to the rows made last; so an epoch takes its rows in shuffled order.
 
 Examples of one prompt can be kept together, as a *family* that lies in a row as one: a prompt once, and each different
 answer once. The six pairs of four answers take four answers' room, not twelve.
@@ -233,13 +236,11 @@ def plan_rows(
 
 
 def _take_row(waiting: _Buffer, room: int, most: int) -> list[int]:
-    row = [waiting.take_oldest()]
-    while len(row) < most:
-        room -= waiting.sizes[row[-1]]
-        index = waiting.take_longest(room)
-        if index is None:
-            break
-        row.append(index)
+    row: list[int] = []
+    for take in (waiting.take_oldest, waiting.take_longest):
+        while len(row) < most and (index := take(room)) is not None:
+            row.append(index)
+            room -= waiting.sizes[index]
     return row
 
 
@@ -261,11 +262,13 @@ class _Buffer:
         self._by_age.append((self._arrivals, index))
         self._arrivals += 1
 
-    def take_oldest(self) -> int:
+    def take_oldest(self, room: int) -> int | None:
+        """The oldest example; None where it takes more than ``room`` positions, or there is none."""
+        while self._by_age and self._by_age[0][0] in self._gone:
+            self._gone.remove(self._by_age.popleft()[0])
+        if not self._by_age or self.sizes[self._by_age[0][1]] > room:
+            return None
         arrival, index = self._by_age.popleft()
-        while arrival in self._gone:
-            self._gone.remove(arrival)
-            arrival, index = self._by_age.popleft()
         del self._by_size[bisect.bisect_left(self._by_size, (self.sizes[index], -arrival, index))]
         return index
 

@@ -22,7 +22,7 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
 from dpo_jax.types import PreferenceBatch, TokenBatch
 
-_VERSION = 3  # of the order of examples: change it when the same seed gives other batches
+_VERSION = 4  # of the order of examples: change it when the same seed gives other batches
 _STEPS = 2**62  # more than any run has
 _ROWS = 1  # the stream of random numbers that shuffles rows, beside the one that shuffles examples
 

@@ -27,12 +27,12 @@ def plan(sizes, order=None, **options):
 
 
 def test_the_table_of_the_docstring() -> None:
-    sizes = [6, 7, 3, 2, 4]
-    assert [[sizes[i] for i in row] for row in plan(sizes, look_ahead=4)] == [[6, 3], [7, 2], [4]]
+    sizes = [3, 2, 7, 6, 5, 4]
+    assert [[sizes[i] for i in row] for row in plan(sizes, look_ahead=5)] == [[3, 2, 5], [7], [6, 4]]
 
 
-def test_a_row_takes_the_longest_that_fits_and_the_oldest_of_equals() -> None:
-    assert plan([5, 4, 5, 5, 4]) == [[0, 2], [1, 3], [4]]
+def test_what_is_left_of_a_row_takes_the_longest_that_fits_and_the_oldest_of_equals() -> None:
+    assert plan([5, 6, 4, 5, 5, 4]) == [[0, 3], [1, 2], [4, 5]]
 
 
 def test_look_ahead_bounds_how_long_an_example_is_passed_over() -> None:
@@ -60,7 +60,19 @@ def test_every_example_is_in_one_row_and_every_row_fits(sizes, row_examples, loo
 def test_rows_are_nearly_full() -> None:
     sizes = np.random.default_rng(0).integers(20, 300, 5000)
     rows = packing.plan_rows(sizes, packing.shuffled(5000, 0, 0), row_length=512, row_examples=16)
-    assert sizes.sum() / (len(rows) * 512) > 0.97
+    assert sizes.sum() / (len(rows) * 512) > 0.99
+
+
+@pytest.mark.parametrize("row_length", [512, 2048])
+def test_rows_hold_as_many_examples_as_if_filled_blindly(row_length: int) -> None:
+    """Independent sizes fill L positions with a number of variance L·Var(size)/E(size)³ (renewal theory).
+
+    Where rows were filled with the longest that fit from the start, it was 1.2 and 15.5 times that.
+    """
+    sizes = np.random.default_rng(0).integers(20, 300, 5000)
+    rows = packing.plan_rows(sizes, packing.shuffled(5000, 0, 0), row_length=row_length, row_examples=64)
+    blind = row_length * sizes.var() / sizes.mean() ** 3
+    assert 0.7 < np.diff(rows.starts).var() / blind < 1.1  # 0.85 and 0.93: the last example of a row is chosen
 
 
 def test_orders_differ_by_seed_and_epoch_alone() -> None:
