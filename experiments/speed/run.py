@@ -29,13 +29,14 @@ from dpo_jax.models import init_params, make_model
 from experiments.speed import work
 from experiments.speed.table import markdown
 
-# Large buffers cost no page faults at every step. A process can ask glibc for this as it starts; dpo_jax asks when it
-# runs (allocator.py), which threads that are there by then do not heed.
+# Large buffers cost no page faults at every step, and lie in huge pages. A process can ask glibc for this as it starts;
+# dpo_jax asks when it runs (allocator.py), which threads that are there by then do not heed.
 MALLOC = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "10000000000",
     "MALLOC_TOP_PAD_": "268435456",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 TRL = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0")
 SMALL = dict(context_length=2048, width=256, layers=4, heads=4, mlp_width=768, tied_head=True)
