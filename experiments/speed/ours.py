@@ -16,9 +16,10 @@ import numpy as np
 
 from dpo_jax import lora
 from dpo_jax.convert.pretrained import open_pretrained
+from dpo_jax.data import packing
 from dpo_jax.data.example import Example
-from dpo_jax.data.layouts import LAYOUTS, pad_rows, split_targets
-from dpo_jax.data.pipeline import mismatch
+from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows, split_targets
+from dpo_jax.data.pipeline import mismatch, mismatched_shape
 from dpo_jax.logprobs import target_scores
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import param_shapes
@@ -75,9 +76,6 @@ class Worker:
         self.shape = dataclasses.replace(
             shape, with_prompt=objective.needs_prompt, with_reference=settings.reference == "store"
         )
-        batches = list(map(_blank, examples))
-        laid = batches + [mismatch(batch) for batch in batches if objective.needs_mismatched]
-        self.rows = max(len(self._lay_out(batch, rows=None).tokens_RL) for batch in laid)
         self.reference_seconds = 0.0
         if settings.reference == "store":
             examples = self._with_stored_reference(model, params, examples)
@@ -90,7 +88,7 @@ class Worker:
         self.step = self.parallel.train_step(self.function)
         hyper = Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(1e-5))
         self.hyper = self.parallel.replicate(hyper)
-        self.batches = [self._batch(batch) for batch in examples]
+        self.batches = self._batches(examples)
 
     def arguments(self, step: int) -> tuple[Any, Any, Any]:
         """What the step reads."""
@@ -101,14 +99,19 @@ class Worker:
         self.state, metrics = self.step(*self.arguments(step))
         return self.parallel.unreplicate(metrics["loss"]).compute()
 
-    def _batch(self, examples: list[Example]) -> PreferenceBatch:
-        answers = self._lay_out(examples, self.rows)
-        others = self._lay_out(mismatch(examples), self.rows) if self.objective.needs_mismatched else None
-        return PreferenceBatch(answers, others)
+    def _batches(self, examples: work.Batches) -> list[PreferenceBatch]:
+        answers = self._lay_out(examples, self.shape)
+        if not self.objective.needs_mismatched:
+            return list(map(PreferenceBatch, answers))
+        shape = mismatched_shape(self.shape)
+        others = self._lay_out([_packed(mismatch(batch), shape) for batch in examples], shape)
+        return list(map(PreferenceBatch, answers, others))
 
-    def _lay_out(self, examples: list[Example], rows: int | None) -> TokenBatch:
-        batch = LAYOUTS[self.settings.layout](examples, self.shape)
-        return batch if rows is None else pad_rows(batch, rows)
+    def _lay_out(self, examples: work.Batches, shape: Shape) -> list[TokenBatch]:
+        """In rows, as many for each batch."""
+        batches = [LAYOUTS[self.settings.layout](batch, shape) for batch in examples]
+        rows = max(len(batch.tokens_RL) for batch in batches)
+        return [pad_rows(batch, rows) for batch in batches]
 
     def _with_stored_reference(self, model: Any, params: Params, batches: work.Batches) -> work.Batches:
         """The same pairs with the reference's log-probabilities of their tokens, as a store gives them."""
@@ -116,8 +119,7 @@ class Worker:
         score = self.parallel.row_function(lambda p, b: target_scores(model, p, b, 128).logp, "reference")
         on_device = self.parallel.replicate(params)
         found = []
-        for examples in batches:
-            batch = pad_rows(LAYOUTS[self.settings.layout](examples, plain), self.rows)
+        for examples, batch in zip(batches, self._lay_out(batches, plain), strict=True):
             if not found:
                 score(on_device, batch).result()  # compiles
             begin = time.perf_counter()
@@ -127,8 +129,14 @@ class Worker:
         return found
 
 
-def _blank(examples: list[Example]) -> list[Example]:
-    return [_with_values(e, tuple(np.zeros(len(a.tokens), np.float32) for a in e.answers)) for e in examples]
+def _packed(examples: list[Example], shape: Shape) -> list[Example]:
+    """In the order in which they lie in rows."""
+    assert shape.row_length is not None
+    positions = packing.row_positions(packing.example_lengths(examples))
+    plan = packing.plan_rows(
+        positions, np.arange(len(examples)), row_length=shape.row_length, row_examples=shape.row_examples
+    )
+    return [examples[i] for i in plan.members]
 
 
 def _with_values(example: Example, values: tuple[np.ndarray, ...]) -> Example:

@@ -138,6 +138,16 @@ def test_mismatched_answers_of_packed_rows_are_all_there() -> None:
     assert batch.mismatched.tokens_RL.shape[0] % 4 == 0
 
 
+def test_mismatched_answers_seldom_take_more_rows_than_the_batch() -> None:
+    shape = replace(SHAPE, row_length=64, row_examples=24)
+    made = pipeline(source=random_examples(1000, SHAPE), shape=shape, mismatched=True)
+    batches = [made.batch(step) for step in range(made.steps(1.0) - 1)]
+    assert {b.answers.tokens_RL.shape for b in batches} == {(4, 64)}
+    assert {b.mismatched.tokens_RL.shape[1] for b in batches} == {72}
+    # Of rows of 64 positions, 7 batches in 10 would take eight.
+    assert np.mean([b.mismatched.tokens_RL.shape[0] == 4 for b in batches]) > 0.95
+
+
 def test_mismatched_answers_that_might_not_fit_into_a_row_are_refused() -> None:
     shape = Shape(2, prompt_length=5, answer_length=8, row_length=18, row_examples=4)
     with pytest.raises(ValueError, match="up to 19 positions; a row has 18"):
