@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import venv
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -107,14 +108,15 @@ class Process:
     """
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
-        self.name = name
+        self.name, begin = name, time.perf_counter()
         everything = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", **environment}
         with open(log, "a", encoding="utf-8") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=everything
             )
         self.ready = self._read()
-        logging.info("%s: ready, %s", name, {k: v for k, v in self.ready.items() if k != "positions"})
+        told = {k: v for k, v in self.ready.items() if k != "positions"}
+        logging.info("%s: ready %.1f s after its start, %s", name, time.perf_counter() - begin, told)
 
     def ask(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None
