@@ -240,11 +240,8 @@ def _parts(examples: Iterable[Example], shape: Shape, rows: int, layout: str) ->
         if layout != "packed":
             yield part
             continue
-        positions = packing.row_positions(packing.example_lengths(part))
         assert shape.row_length is not None
-        plan = packing.plan_rows(
-            positions, np.arange(len(part)), row_length=shape.row_length, row_examples=shape.row_examples
-        )
+        plan = packing.plan_examples(part, row_length=shape.row_length, row_examples=shape.row_examples)
         for start in range(0, len(plan), rows):
             stop = min(start + rows, len(plan))
             yield [part[i] for i in plan.members[plan.starts[start] : plan.starts[stop]]]

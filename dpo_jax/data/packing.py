@@ -235,6 +235,12 @@ def plan_rows(
     return Rows.of(rows)
 
 
+def plan_examples(examples: Sized, *, row_length: int, row_examples: int) -> Rows:
+    """Puts examples into rows as they come; see :func:`plan_rows`."""
+    positions = row_positions(example_lengths(examples))
+    return plan_rows(positions, np.arange(len(positions)), row_length=row_length, row_examples=row_examples)
+
+
 def _take_row(waiting: _Buffer, room: int, most: int) -> list[int]:
     row: list[int] = []
     for take in (waiting.take_oldest, waiting.take_longest):

@@ -132,10 +132,7 @@ class Worker:
 def _packed(examples: list[Example], shape: Shape) -> list[Example]:
     """In the order in which they lie in rows."""
     assert shape.row_length is not None
-    positions = packing.row_positions(packing.example_lengths(examples))
-    plan = packing.plan_rows(
-        positions, np.arange(len(examples)), row_length=shape.row_length, row_examples=shape.row_examples
-    )
+    plan = packing.plan_examples(examples, row_length=shape.row_length, row_examples=shape.row_examples)
     return [examples[i] for i in plan.members]
 
 

@@ -142,12 +142,7 @@ def test_families_hold_every_example_once_within_their_limits(drawn, prompt_answ
 
 
 def in_plan(examples, shape: Shape):
-    rows = packing.plan_rows(
-        packing.row_positions(packing.example_lengths(examples)),
-        np.arange(len(examples)),
-        row_length=shape.row_length,
-        row_examples=shape.row_examples,
-    )
+    rows = packing.plan_examples(examples, row_length=shape.row_length, row_examples=shape.row_examples)
     return [examples[i] for i in rows.members]
 
 
