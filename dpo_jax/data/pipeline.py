@@ -215,7 +215,8 @@ class Pipeline:
         if not self._packs:
             return self._pad(self._share(others, self.batch_size), shape, self.batch_size)
         # Their lengths are not those of the plan: they are packed anew, into one batch's rows or a multiple of them.
-        plan = _plan(packing.single(_lengths(others)), np.arange(len(others)), shape)
+        assert shape.row_length is not None
+        plan = packing.plan_examples(others, row_length=shape.row_length, row_examples=shape.row_examples)
         count = -(-len(plan) // self.batch_size) * self.batch_size
         share = self._share([plan[r] for r in range(len(plan))], count)
         return self._pad([others[i] for row in share for i in row], shape, count)
@@ -359,10 +360,6 @@ def _plan(units: packing.Families, order: np.ndarray, shape: Shape) -> packing.R
     )
     rows = [[i for unit in places[r].tolist() for i in units.members[unit]] for r in range(len(places))]
     return packing.Rows.of(rows)
-
-
-def _lengths(examples: Sequence[Example]) -> np.ndarray:
-    return packing.example_lengths(examples) if examples else np.zeros((0, 2), np.int32)
 
 
 def source_fingerprint(source: Source) -> str:
