@@ -52,7 +52,7 @@ def get_config() -> ConfigDict:
                 "dtype": "float32",  # of activations and products; log-probabilities are always float32
                 "param_dtype": "float32",  # of parameters and the optimizer's state
                 "output_dtype": placeholder(str),  # of the product with the head; None is dtype
-                "attention": "auto",  # of whole rows: dense, splash (TPU), cudnn (GPU), or what fits the devices (auto)
+                "attention": "auto",  # of whole rows: dense, splash (TPU), triton or cudnn (GPU), or what fits (auto)
                 # What layers keep for the backward pass, from most to least: all (none), products (dots), what
                 # attention reads and writes and the MLP's gate (gate), all but the gate (attention), inputs (full).
                 "remat": "none",

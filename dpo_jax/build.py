@@ -22,8 +22,8 @@ from dpo_jax.data.pipeline import Described, Pipeline, Source
 from dpo_jax.gradients import Scorer
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
-from dpo_jax.models import logical_axes, param_shapes
-from dpo_jax.models.splash import LONGEST
+from dpo_jax.models import logical_axes, param_shapes, triton
+from dpo_jax.models.sight import LONGEST
 from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
 from dpo_jax.sharding import mesh_shape
@@ -96,15 +96,14 @@ def with_attention(model: nn.Module, config: Config, platform: str) -> nn.Module
       ValueError: a kernel that these devices, this model or this layout has not.
     """
     wanted = config.model.attention
-    if wanted == "dense":
-        return model
-    kernel = {"tpu": "splash", "gpu": "cudnn"}.get(platform, "dense") if wanted == "auto" else wanted
-    reason = {"splash": _without_splash, "cudnn": _without_cudnn}.get(kernel, lambda *_: None)(model, config, platform)
-    if reason and wanted != "auto":
-        raise ValueError(f"config.model.attention is {wanted!r}, but {reason}: set it to auto or dense")
-    if reason:
-        logging.info("attention is dense, not by %s: %s", kernel, reason)
-    return model.clone(config=dataclasses.replace(model.config, attention="dense" if reason else kernel))
+    kernels = _TRIED.get(platform, ()) if wanted == "auto" else () if wanted == "dense" else (wanted,)
+    reasons = {kernel: _WITHOUT[kernel](model, config, platform) for kernel in kernels}
+    if reasons.get(wanted):
+        raise ValueError(f"config.model.attention is {wanted!r}, but {reasons[wanted]}: set it to auto or dense")
+    found = next((kernel for kernel, reason in reasons.items() if reason is None), "dense")
+    if found == "dense" and reasons:
+        logging.info("attention is dense: %s", "; ".join(f"not by {k}, for {reason}" for k, reason in reasons.items()))
+    return model.clone(config=dataclasses.replace(model.config, attention=found))
 
 
 def _without_splash(model: nn.Module, config: Config, platform: str) -> str | None:
@@ -118,17 +117,35 @@ def _without_splash(model: nn.Module, config: Config, platform: str) -> str | No
 
 def _without_cudnn(model: nn.Module, config: Config, platform: str) -> str | None:
     c = model.config
-    if platform != "gpu":
-        return f"the devices are of the kind {platform}, and the kernel is for GPUs"
     if config.data.layout != "concatenated":
         return f"rows of the layout {config.data.layout} hold several answers, and the kernel knows causal rows alone"
     if c.attention_cap is not None or any(w and w < _row_positions(config) for w in c.windows or ()):
         return "the model caps its scores or has windows, which the kernel has not"
+    if c.size > 128 or c.size % 8:
+        return f"the kernel is for heads of 8, 16, … 128, not {c.size}"
+    return _without_half_precision(model, platform)
+
+
+def _without_triton(model: nn.Module, config: Config, platform: str) -> str | None:
+    if model.config.size not in triton.SIZES:
+        return f"the kernel is for heads of {', '.join(map(str, triton.SIZES))}, not {model.config.size}"
+    return _without_half_precision(model, platform)
+
+
+def _without_half_precision(model: nn.Module, platform: str) -> str | None:
+    """Why there are no kernels for these devices in this precision."""
+    if platform != "gpu":
+        return f"the devices are of the kind {platform}, and the kernel is for GPUs"
     if (capability := _compute_capability()) < 8.0:
         return f"the kernel is for NVIDIA's compute capability 8.0 and above, not {capability}"
-    if jnp.dtype(c.dtype).itemsize != 2 or c.size > 128 or c.size % 8:
-        return f"the kernel is for half precision and heads of 8, 16, … 128, not {c.dtype} and {c.size}"
+    if jnp.dtype(model.config.dtype).itemsize != 2:
+        return f"the kernel is for half precision, not {model.config.dtype}"
     return None
+
+
+_WITHOUT = {"splash": _without_splash, "cudnn": _without_cudnn, "triton": _without_triton}
+# What auto tries, by the devices: the first that there is.
+_TRIED = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
 
 
 def _compute_capability() -> float:

@@ -1,4 +1,4 @@
-"""TPUs as they are sold: what a chip can do, and the pods that exist."""
+"""TPUs as they are sold: what a chip can do, and the pods that exist; and what GPUs can do."""
 
 from __future__ import annotations
 
@@ -57,11 +57,21 @@ _DEVICE_KINDS = {
     "TPU v6e": "v6e",
 }
 
+# FLOP/s of dense bf16 products, from NVIDIA's data sheets; by what jax calls them.
+_GPUS = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H200": 989e12,
+}
+
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:
     """FLOP/s of bf16 products of all devices together; None where they are not known."""
-    kinds = [_DEVICE_KINDS.get(device.device_kind) for device in devices]
-    return None if None in kinds else sum(CHIPS[kind].flops for kind in kinds if kind)
+    known = {**_GPUS, **{name: CHIPS[kind].flops for name, kind in _DEVICE_KINDS.items()}}
+    rates = [known.get(device.device_kind) for device in devices]
+    return None if None in rates else sum(rate for rate in rates if rate)
 
 
 def parse(topology: str) -> tuple[Chip, str]:

@@ -24,7 +24,7 @@ from dpo_jax.optim import SCHEDULES
 from dpo_jax.rewards import REWARDS
 
 MODES = ("pmap", "mesh")
-KERNELS = ("auto", "dense", "splash", "cudnn")
+KERNELS = ("auto", "dense", "splash", "triton", "cudnn")
 
 
 @dataclass(frozen=True)

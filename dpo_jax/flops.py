@@ -17,7 +17,8 @@ from dpo_jax import lora
 from dpo_jax.logprobs import sight
 from dpo_jax.models.config import ATTENDED, REMAT, DecoderConfig
 from dpo_jax.models.flash import block_count
-from dpo_jax.models.splash import Sight, visited_pairs
+from dpo_jax.models.sight import Sight
+from dpo_jax.models.splash import visited_pairs
 from dpo_jax.trees import named_leaves
 from dpo_jax.types import Params, PreferenceBatch, TokenBatch
 
@@ -179,7 +180,8 @@ def _body(model: nn.Module, params: Params, batch: TokenBatch, forwards: int) ->
     kept = REMAT[c.remat]
     passes = _FORWARD * (1 + forwards + (kept is not None and ATTENDED not in kept)) + _KERNEL_BACKWARD
     windows = [None if w >= length else w for w in _windows(c)]
-    seen = {w: visited_pairs(batch.group_RL, batch.branch_RL, batch.branches, w) for w in set(windows)}
+    whole = Sight(batch.group_RL, batch.branch_RL, batch.branches)
+    seen = {w: visited_pairs(whole, w) for w in set(windows)}
     return dense + 2.0 * passes * c.heads * c.size * sum(seen[w] for w in windows)
 
 

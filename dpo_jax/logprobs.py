@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.layers import outer_sum, project, training_mask
-from dpo_jax.models.splash import Sight
+from dpo_jax.models.sight import Sight
 from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
 

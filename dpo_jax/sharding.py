@@ -79,7 +79,8 @@ def by_device(fn: Callable[..., Array], names: Sequence[Names], out: Names) -> C
 
     Args:
       fn: of arrays; each part of its result depends on the like parts of its arguments alone.
-      names: logical names of the dimensions of each argument, as of :func:`constrain`; none for a scalar or None.
+      names: logical names of the dimensions of each argument, as of :func:`constrain`, and of each array of one that
+        has several; none for a scalar or None.
       out: of the result, which has the dimensions of the first argument.
 
     Returns:
@@ -89,10 +90,10 @@ def by_device(fn: Callable[..., Array], names: Sequence[Names], out: Names) -> C
     if not set(AXES) <= set(mesh.axis_names):
         return fn
 
-    def split(*args: Array) -> Array:
+    def split(*args: Any) -> Array:
         shape = dict(mesh.shape)
         specs = tuple(
-            partition(n, a.shape, shape, ACTIVATIONS) if n else PartitionSpec()
+            partition(n, jax.tree.leaves(a)[0].shape, shape, ACTIVATIONS) if n else PartitionSpec()
             for n, a in zip(names, args, strict=True)
         )
         out_spec = partition(out, args[0].shape, shape, ACTIVATIONS)

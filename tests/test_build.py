@@ -42,6 +42,7 @@ def test_the_first_that_does_not_fit_is_named(source, shape: Shape, vocab_size: 
 
 LONG = {"data.prompt_length": 500, "data.answer_length": 500, "model.context_length": 1000}
 HALF = {"dtype": "bfloat16"}
+WIDE = {**HALF, "head_size": 16}
 
 
 @pytest.mark.parametrize(
@@ -52,10 +53,14 @@ HALF = {"dtype": "bfloat16"}
         ("tpu", {}, {}, "dense"),  # short rows
         ("gpu", LONG, HALF, "cudnn"),
         ("gpu", LONG, {}, "dense"),  # fp32
-        ("gpu", LONG, {**HALF, "attention_cap": 50.0}, "dense"),
-        ("gpu", LONG, {**HALF, "windows": (100, None)}, "dense"),
+        ("gpu", LONG, {**HALF, "attention_cap": 50.0}, "dense"),  # heads of 8
+        ("gpu", LONG, {**WIDE, "attention_cap": 50.0}, "triton"),
+        ("gpu", LONG, {**WIDE, "windows": (100, None)}, "triton"),
         ("gpu", LONG, {**HALF, "windows": (1000, None)}, "cudnn"),
-        ("gpu", {**LONG, "data.layout": "shared_prefix"}, HALF, "dense"),
+        ("gpu", {**LONG, "data.layout": "shared_prefix"}, WIDE, "triton"),
+        ("gpu", {**LONG, "data.layout": "shared_prefix"}, {**WIDE, "dtype": "float32"}, "dense"),
+        ("gpu", {**LONG, "data.layout": "shared_prefix", "model.attention": "triton"}, HALF, "heads of 16, .* not 8"),
+        ("cpu", {**LONG, "model.attention": "triton"}, WIDE, "the devices are of the kind cpu"),
         ("gpu", {**LONG, "model.attention": "dense"}, HALF, "dense"),
         ("gpu", {**LONG, "model.attention": "splash"}, HALF, "the devices are of the kind gpu"),
         ("tpu", {**LONG, "data.row_length": 40000}, {}, "dense"),

@@ -84,6 +84,7 @@ def test_the_peak_of_a_pod_is_that_of_its_chips() -> None:
     kinds = lambda *names: [SimpleNamespace(device_kind=name) for name in names]  # noqa: E731
     assert chips.peak_flops(kinds("TPU v5 lite", "TPU v5 lite")) == 2 * 197e12
     assert chips.peak_flops(kinds("TPU v6 lite")) == 918e12
+    assert chips.peak_flops(kinds("NVIDIA H200")) == 989e12
     assert chips.peak_flops(kinds("TPU v4", "TPU v99")) is None
 
 

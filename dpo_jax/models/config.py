@@ -21,8 +21,8 @@ REMAT: dict[str, tuple[str, ...] | None] = {
     "attention": _ATTENTION,
     "full": (),
 }
-# How whole rows are attended to: dense blocks, or a kernel of TPUs (interpreted, slowly, on CPUs) or of GPUs.
-ATTENTION = ("dense", "splash", "interpreted", "cudnn")
+# How whole rows are attended to: dense blocks, or a kernel of TPUs (interpreted, slowly, on CPUs), or one of GPUs.
+ATTENTION = ("dense", "splash", "interpreted", "triton", "cudnn")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,9 @@ from dpo_jax.models.config import REMAT, DecoderConfig
 from dpo_jax.models.flash import flash
 from dpo_jax.models.layers import Cache, Dense, attend, extend, kept
 from dpo_jax.models.rope import rotate
-from dpo_jax.models.splash import Sight, splash
+from dpo_jax.models.sight import Sight, Spans, find_spans
+from dpo_jax.models.splash import splash
+from dpo_jax.models.triton import triton
 from dpo_jax.sharding import PARAMETERS, constrain
 from dpo_jax.types import Array
 
@@ -38,22 +40,22 @@ class Context:
     """What all layers share.
 
     Attributes:
-      sight: which keys a token sees: bool [R, Q, T], those of its row, or of the cache; or a Sight.
+      sight: which keys a token sees: bool [R, Q, T], those of its row, or of the cache; or its Spans.
       distance_RQT: int32, how many positions the key is back; None when no layer has a window.
       cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
       sin: the same.
       start: cache slot of the first token; None where rows are whole.
     """
 
-    sight: Array | Sight
+    sight: Array | Spans
     distance_RQT: Array | None
     cos: Array | None
     sin: Array | None
     start: Array | int | None
 
     def seen(self, layer: Layer) -> Array:
-        """bool [R, Q, T], which keys a token sees in a layer; of a context without a Sight."""
-        assert not isinstance(self.sight, Sight)
+        """bool [R, Q, T], which keys a token sees in a layer; of a context without Spans."""
+        assert not isinstance(self.sight, Spans)
         if self.distance_RQT is None or layer.window is None:
             return self.sight
         return self.sight & (self.distance_RQT < layer.window)
@@ -182,7 +184,7 @@ class Decoder(nn.Module):
         distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if distances else None
         angles = [rope.angles(position_RQ, c.size) for rope in c.ropes]
         cos, sin = (jnp.stack(part) for part in zip(*angles, strict=True)) if angles else (None, None)
-        return Context(sight, distance, cos, sin, start)
+        return Context(find_spans(sight) if isinstance(sight, Sight) else sight, distance, cos, sin, start)
 
     def _layers(self, length: int | None) -> Layer:
         """[N] entries, for sequences of at most ``length`` tokens."""
@@ -251,10 +253,12 @@ def attend_and_keep(
 
 def _attend_row(config: DecoderConfig, q: Array, k: Array, v: Array, layer: Layer, context: Context) -> Array:
     scale, cap, sight = config.score_scale, config.attention_cap, context.sight
-    if not isinstance(sight, Sight):
+    if not isinstance(sight, Spans):
         return flash(q, k, v, context.seen(layer), scale=scale, cap=cap)
     if config.attention == "cudnn":  # of rows that hold one sequence: padding comes after it, and sees what it likes
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    if config.attention == "triton":
+        return triton(q, k, v, sight, window=layer.window, scale=scale, cap=cap)
     interpret = config.attention == "interpreted"
     return splash(q, k, v, sight, window=layer.window, scale=scale, cap=cap, interpret=interpret)
 

@@ -105,7 +105,7 @@ def product(x: Array, kernel: Array, dtype: Any) -> Array:
 
 @jax.custom_vjp
 def _product(x: Array, kernel: Array) -> Array:
-    return _contract(x, kernel.astype(x.dtype), -1, 0).astype(x.dtype)
+    return _rounded_contract(x, kernel.astype(x.dtype), -1, 0)
 
 
 def _product_forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -117,7 +117,7 @@ def _product_backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Arr
     # copies cotangents into transposed order, which takes longer than the products save by it.
     x, kernel = saved
     cotangent = cotangent.astype(x.dtype)
-    dx = _contract(cotangent, kernel.astype(x.dtype), -1, 1).astype(x.dtype)
+    dx = _rounded_contract(cotangent, kernel.astype(x.dtype), -1, 1)
     rows, columns = x.reshape(-1, x.shape[-1]), cotangent.reshape(-1, cotangent.shape[-1])
     return dx, outer_sum(rows, columns).astype(kernel.dtype)
 
@@ -137,9 +137,22 @@ def outer_sum(rows_TD: Array, columns_TF: Array) -> Array:
     return jax.lax.platform_dependent(rows_TD, columns_TF, cpu=transposed_first, default=plain)
 
 
-def _contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+def _rounded_contract(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
+    """Summed in fp32 and rounded once, to the operands' dtype."""
+
+    def by_library(a: Array, b: Array) -> Array:
+        return _contract(a, b, axis_a, axis_b, a.dtype)
+
+    def by_compiler(a: Array, b: Array) -> Array:
+        return _contract(a, b, axis_a, axis_b).astype(a.dtype)
+
+    # GPUs' libraries sum half-precision products in fp32 whatever they return; asked for fp32, they write it to memory.
+    return jax.lax.platform_dependent(a, b, cuda=by_library, default=by_compiler)
+
+
+def _contract(a: Array, b: Array, axis_a: int, axis_b: int, dtype: Any = jnp.float32) -> Array:
     axes = (((axis_a % a.ndim,), (axis_b,)), ((), ()))
-    return jax.lax.dot_general(a, b, axes, preferred_element_type=jnp.float32)
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=dtype)
 
 
 _product.defvjp(_product_forward, _product_backward)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpo_jax import lora
+from dpo_jax.chips import peak_flops
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.data import packing
 from dpo_jax.data.example import Example
@@ -44,6 +45,8 @@ class Settings:
       row_length: positions of a packed row.
       remat: what layers keep for the backward pass.
       head_chunk: targets whose logits exist at a time.
+      attention: of whole rows.
+      unroll: layers compiled side by side.
       cache: folder of compiled programs; None compiles anew.
       loss: a loss of the family.
     """
@@ -56,6 +59,8 @@ class Settings:
     row_length: int = 768
     remat: str = "none"
     head_chunk: int = 128
+    attention: str = "dense"
+    unroll: int = 1
     cache: str | None = None
     loss: str = "dpo"
 
@@ -66,7 +71,9 @@ class Worker:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         pretrained = open_pretrained(settings.model)
-        model = pretrained.model(dtype=jnp.dtype(settings.dtype), remat=settings.remat, unroll=1)
+        model = pretrained.model(
+            dtype=jnp.dtype(settings.dtype), remat=settings.remat, unroll=settings.unroll, attention=settings.attention
+        )
         params = pretrained.params(model)
         self.parallel = DataParallel(jax.local_devices()[:1])
         examples = work.load(Path(settings.batches))
@@ -116,7 +123,8 @@ class Worker:
     def _with_stored_reference(self, model: Any, params: Params, batches: work.Batches) -> work.Batches:
         """The same pairs with the reference's log-probabilities of their tokens, as a store gives them."""
         plain = dataclasses.replace(self.shape, with_reference=False)
-        score = self.parallel.row_function(lambda p, b: target_scores(model, p, b, 128).logp, "reference")
+        chunk = self.settings.head_chunk
+        score = self.parallel.row_function(lambda p, b: target_scores(model, p, b, chunk).logp, "reference")
         on_device = self.parallel.replicate(params)
         found = []
         for examples, batch in zip(batches, self._lay_out(batches, plain), strict=True):
@@ -161,11 +169,18 @@ def _state(
     return model, placed if frozen is None else dataclasses.replace(placed, reference=parallel.replicate(frozen))
 
 
+# Of matrix products whose rate counts as a device's: as a model has them, and large enough for it.
+RATE_SIZES = {
+    "cpu": ((768, 576, 1536), (1024, 1024, 1024), (512, 576, 8192)),
+    "gpu": ((8192, 2048, 8192), (8192, 8192, 8192), (16384, 8192, 16384)),
+}
+
+
 def matmul_rate(dtype: str) -> float:
-    """FLOP/s of this machine's best matrix product with fp32 results, of sizes as a model has them."""
+    """FLOP/s of this machine's best matrix product of random numbers, with fp32 results."""
     best = 0.0
-    for m, k, n in ((768, 576, 1536), (1024, 1024, 1024), (512, 576, 8192)):
-        a, b = jnp.ones((m, k), dtype), jnp.ones((k, n), dtype)
+    for m, k, n in RATE_SIZES[jax.default_backend()]:
+        a, b = (jax.random.normal(jax.random.key(i), shape).astype(dtype) for i, shape in enumerate(((m, k), (k, n))))
         product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
         jax.block_until_ready(product(a, b))
         for _ in range(8):
@@ -176,7 +191,9 @@ def matmul_rate(dtype: str) -> float:
 
 
 def peak_bytes() -> int:
-    """Most memory that this process has held."""
+    """Most memory of its device that this process has held; where that is the processor, all of its memory."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"]
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
@@ -189,7 +206,13 @@ def serve(settings: Settings) -> None:
     worker = Worker(settings)
     positions = [int(np.size(batch.answers.tokens_RL)) for batch in worker.batches]
     load_seconds = time.perf_counter() - begin
-    _say(load_seconds=load_seconds, positions=positions, reference_seconds=worker.reference_seconds)
+    _say(
+        load_seconds=load_seconds,
+        positions=positions,
+        reference_seconds=worker.reference_seconds,
+        device=jax.local_devices()[0].device_kind,
+        device_flops=peak_flops(jax.local_devices()[:1]),
+    )
     for line in sys.stdin:
         if line.startswith("rate"):
             _say(rate=matmul_rate(settings.dtype))

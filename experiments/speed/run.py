@@ -2,6 +2,8 @@
 
     python -m experiments.speed.run --model=runs/smollm2/hf --data=harmless-base-test.jsonl.gz --out=runs/speed
     python -m experiments.speed.run --model=small --tokenizer=runs/smollm2/hf --data=… --out=runs/speed_small
+    python -m experiments.speed.run --device=gpu --model=1b --tokenizer=runs/smollm2/hf --data=… --out=runs/speed_1b \
+        --rows=4 --row_length=2048 --head_chunk=2048 --together=1
 
 Every variant is a process of its own. In each round, each of those alive takes one step on the round's pairs while the
 others wait, so that whatever else the machine does meets all of them alike. TRL gets a virtual environment in
@@ -40,7 +42,13 @@ MALLOC = {
     "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
 }
 TRL = ("trl==1.16.0", "torch==2.13.0", "transformers==5.23.0")
-SMALL = dict(context_length=2048, width=256, layers=4, heads=4, mlp_width=768, tied_head=True)
+# Llamas with random weights and the vocabulary of --tokenizer: of 16 M parameters with SmolLM2's 49,152 tokens, in the
+# shape of SmolLM2-135M, and in that of Llama 3.2 1B.
+SHAPES = {
+    "small": dict(width=256, layers=4, heads=4, mlp_width=768),
+    "135m": dict(width=576, layers=30, heads=9, kv_heads=3, mlp_width=1536),
+    "1b": dict(width=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192),
+}
 
 
 @dataclass(frozen=True)
@@ -82,19 +90,53 @@ def short(dtype: str) -> str:
     return {"float32": "fp32", "bfloat16": "bf16"}[dtype]
 
 
-BASE = trl(bf16=False, tuned=False)
-VARIANTS = (
-    ours("packed", "float32", "step"),
-    trl(bf16=False, tuned=True),
-    ours("packed", "float32", "store"),
-    ours("packed", "bfloat16", "step"),
-    trl(bf16=True, tuned=False),
-    trl(bf16=True, tuned=True),
-    ours("packed", "bfloat16", "store"),
-    ours("shared_prefix", "float32", "step"),
-    ours("concatenated", "float32", "step"),
-    ours("packed", "float32", "lora"),
-)
+@dataclass(frozen=True)
+class Device:
+    """What is measured on a kind of devices.
+
+    Attributes:
+      base: what all are compared with.
+      variants: all others.
+      attention: of our own workers.
+      environment: variables of every process.
+    """
+
+    base: Variant
+    variants: tuple[Variant, ...]
+    attention: str
+    environment: dict[str, str]
+
+
+DEVICES = {
+    "cpu": Device(
+        trl(bf16=False, tuned=False),
+        (
+            ours("packed", "float32", "step"),
+            trl(bf16=False, tuned=True),
+            ours("packed", "float32", "store"),
+            ours("packed", "bfloat16", "step"),
+            trl(bf16=True, tuned=False),
+            trl(bf16=True, tuned=True),
+            ours("packed", "bfloat16", "store"),
+            ours("shared_prefix", "float32", "step"),
+            ours("concatenated", "float32", "step"),
+            ours("packed", "float32", "lora"),
+        ),
+        "dense",
+        {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
+    ),
+    "gpu": Device(
+        trl(bf16=True, tuned=False),
+        (
+            ours("packed", "bfloat16", "step"),
+            ours("packed", "bfloat16", "store"),
+            trl(bf16=True, tuned=True),
+            ours("packed", "bfloat16", "lora"),
+        ),
+        "triton",
+        {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+    ),
+}
 
 
 class Process:
@@ -109,7 +151,7 @@ class Process:
 
     def __init__(self, name: str, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
         self.name, begin = name, time.perf_counter()
-        everything = {**os.environ, "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu", **environment}
+        everything = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
         with open(log, "a", encoding="utf-8") as file:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True, env=everything
@@ -142,7 +184,9 @@ class Process:
 class Runner(Process):
     """The worker of a variant, which takes a step when it is told to."""
 
-    def __init__(self, variant: Variant, common: dict[str, Any], trl_python: str, out: Path) -> None:
+    def __init__(
+        self, variant: Variant, common: dict[str, Any], trl_python: str, out: Path, environment: dict[str, str]
+    ) -> None:
         self.variant = variant
         self.steps: list[dict[str, Any]] = []
         self.rates: list[float] = []
@@ -152,7 +196,7 @@ class Runner(Process):
             command = [trl_python, script, json.dumps({**settings, "out": str(out / "trl")})]
         else:
             command = [sys.executable, "-m", "experiments.speed.ours", json.dumps({**common, **settings})]
-        super().__init__(variant.name, command, variant.environment, out / "workers.log")
+        super().__init__(variant.name, command, {**environment, **variant.environment}, out / "workers.log")
 
     def step(self, number: int) -> None:
         self.steps.append(self.ask(str(number)))
@@ -162,14 +206,20 @@ class Runner(Process):
         self.rates.append(self.ask("rate")["rate"])
 
 
-def measure(groups: Sequence[Sequence[Variant]], common: dict[str, Any], trl_python: str, out: Path) -> Iterator[Any]:
+def measure(
+    groups: Sequence[Sequence[Variant]],
+    common: dict[str, Any],
+    trl_python: str,
+    out: Path,
+    environment: dict[str, str],
+) -> Iterator[Any]:
     """Runs the groups one after the other; in each, the variants take turns. Yields a record for each variant.
 
     A step that comes first in its process is not counted: memory is touched, and kernels are chosen there.
     """
     batches = work.load(Path(common["batches"]))
     for number, group in enumerate(groups):
-        workers = [Runner(variant, common, trl_python, out) for variant in group]
+        workers = [Runner(variant, common, trl_python, out, environment) for variant in group]
         for step in range(len(batches)):
             # Each round begins with another worker.
             for worker in workers[step % len(workers) :] + workers[: step % len(workers)]:
@@ -189,14 +239,23 @@ def measure(groups: Sequence[Sequence[Variant]], common: dict[str, Any], trl_pyt
             }
 
 
-def make_small(folder: Path, tokenizer_folder: str) -> None:
-    """A Llama of 16 M parameters with random weights, as a Hugging Face folder."""
+def make_random(folder: Path, shape: str, tokenizer_folder: str) -> None:
+    """A Llama of one of SHAPES with random weights, as a Hugging Face folder."""
     tokenizer = open_tokenizer(Path(tokenizer_folder))
-    model = make_model("llama", {**SMALL, "vocab_size": len(tokenizer)})
+    sizes = {**SHAPES[shape], "context_length": 2048, "tied_head": True, "vocab_size": len(tokenizer)}
+    model = make_model("llama", sizes)
     folder.mkdir(parents=True, exist_ok=True)
     params = jax.tree.map(jax.device_get, init_params(model, jax.random.key(0)))
     save_pretrained(folder, model, params, token_ids={"eos_token_id": tokenizer.eos_token_id})
     tokenizer.save_pretrained(folder)
+
+
+def grouped(device: Device, chosen: Sequence[Variant], together: int) -> list[list[Variant]]:
+    """Who takes turns with whom: ``together`` variants, the base one of them; or each of them and the base alone."""
+    if together == 1:
+        return [[variant] for variant in (device.base, *chosen)]
+    count = together - 1
+    return [[device.base, *chosen[i : i + count]] for i in range(0, len(chosen), count)]
 
 
 def trl_environment(folder: Path) -> str:
@@ -215,10 +274,11 @@ def main(_: Sequence[str]) -> None:
     options = flags.FLAGS
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    model = options.model
-    if model == "small":
+    jax.config.update("jax_platforms", "cpu")  # what is measured is what the workers use
+    model, device = options.model, DEVICES[options.device]
+    if model in SHAPES:
         model = str(out / "model")
-        make_small(Path(model), options.tokenizer)
+        make_random(Path(model), options.model, options.tokenizer)
     batches = work.read_batches(
         options.data,
         options.tokenizer or model,
@@ -233,12 +293,12 @@ def main(_: Sequence[str]) -> None:
         "row_length": options.row_length,
         "remat": options.remat,
         "head_chunk": options.head_chunk,
+        "attention": device.attention,
+        "unroll": options.unroll,
         "cache": options.programs,
     }
-    chosen = [v for v in VARIANTS if not options.only or v.name in options.only]
-    groups = [[BASE, *chosen[i : i + options.together - 1]] for i in range(0, len(chosen), options.together - 1)]
-    if options.no_trl:
-        groups = [[v for v in chosen if not v.peer]]
+    chosen = [v for v in device.variants if not options.only or v.name in options.only]
+    groups = [[v for v in chosen if not v.peer]] if options.no_trl else grouped(device, chosen, options.together)
     trl_python = "" if options.no_trl else options.trl_python or trl_environment(out / "trl_environment")
     config = open_pretrained(model).model().config
     useful = {
@@ -246,9 +306,9 @@ def main(_: Sequence[str]) -> None:
         "tokens": [work.tokens(batch) for batch in batches],
         "flops": [work.needed_flops(config, batch, passes=1) for batch in batches],
     }
-    result: dict[str, Any] = {"model": options.name, "useful": useful, "load": [os.getloadavg()]}
-    result["variants"] = []
-    for record in measure(groups, common, trl_python, out):
+    result: dict[str, Any] = {"model": options.name, "base": device.base.name, "useful": useful}
+    result |= {"load": [os.getloadavg()], "variants": []}
+    for record in measure(groups, common, trl_python, out, device.environment):
         result["variants"].append(record)
         result["load"].append(os.getloadavg())
         (out / "speed.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
@@ -258,8 +318,12 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     flags.DEFINE_string(
-        "model", None, "Hugging Face folder of a Llama; small makes one of 16 M parameters", required=True
+        "model",
+        None,
+        f"Hugging Face folder of a Llama; one of random weights: {', '.join(SHAPES)}",
+        required=True,
     )
+    flags.DEFINE_enum("device", "cpu", list(DEVICES), "what to measure on")
     flags.DEFINE_string("tokenizer", None, "folder of the tokenizer; None is the model's")
     flags.DEFINE_string("data", None, "preference pairs", required=True)
     flags.DEFINE_string("out", None, "where results and scratch files go", required=True)
@@ -270,6 +334,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("row_length", 768, "positions of a packed row: about 4 pairs")
     flags.DEFINE_integer("head_chunk", 128, "targets whose logits exist at a time")
     flags.DEFINE_string("remat", "dots", "what layers keep for the backward pass")
+    flags.DEFINE_integer("unroll", 1, "layers compiled side by side")
     flags.DEFINE_integer("together", 3, "processes alive at a time; memory is what limits it")
     flags.DEFINE_multi_string("only", [], "name of a variant to measure; all, where it is not given")
     flags.DEFINE_string("programs", None, "folder that keeps our compiled programs for another run; None keeps none")

@@ -22,7 +22,7 @@ from dpo_jax.allocator import keep_freed_pages
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.sampling import make_sampler, row_draws
 from experiments.speed import work
-from experiments.speed.run import Process, trl_environment
+from experiments.speed.run import DEVICES, Process, trl_environment
 
 NOBODY = -1  # no token: answers end when there is no more room
 
@@ -95,7 +95,8 @@ def main(_: Sequence[str]) -> None:
     script = str(Path(__file__).with_name("generate_worker.py"))
     settings = {"model": options.model, "prompts": str(out / "prompts.json")}
     settings |= {"new_tokens": options.new_tokens, "dtype": options.dtype}
-    peer = Process("transformers", [python, script, json.dumps(settings)], {}, out / "workers.log")
+    command = [python, script, json.dumps(settings)]
+    peer = Process("transformers", command, DEVICES["cpu"].environment, out / "workers.log")
     sample = OurSampler(options.model, prompts, options.new_tokens, options.dtype)
     result = measure(sample, peer, options.batches)
     peer.end()

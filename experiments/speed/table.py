@@ -18,9 +18,10 @@ def markdown(result: dict[str, Any]) -> str:
     """One line a variant; ratios are to TRL as it comes, alive at the same time."""
     variants, useful = result["variants"], result["useful"]
     limits = {d: max((v["rate"] for v in variants if v["dtype"] == d), default=0.0) for d in ("fp32", "bf16")}
-    base = {v["group"]: v for v in variants if v["name"] == "TRL, fp32"}
+    bases = [v for v in variants if v["name"] == result.get("base", "TRL, fp32")]
     count = len(useful["pairs"]) - 1
     positions_limit = ", ".join(f"{d} {rate / 1e9:.0f} GFLOP/s" for d, rate in limits.items() if rate)
+    peak = next((v["ready"]["device_flops"] for v in variants if v["ready"].get("device_flops")), None)
     loads = [load[0] for load in result["load"]]
     lines = [
         f"{result['model']}: {count} steps, {sum(useful['pairs'][1:])} pairs, {sum(useful['tokens'][1:])} useful "
@@ -31,9 +32,10 @@ def markdown(result: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for v in variants:
+        # Where each was alone, all are compared with the same.
+        peer = next((b for b in bases if b["group"] == v["group"]), bases[0] if bases else None)
         seconds, cpu = (_counted(v, key) for key in ("seconds", "cpu_seconds"))
         passed = v["ready"].get("reference_seconds")  # not every recording has it
-        peer = base.get(v["group"])
         ratios = ["–"] * 3
         if peer is not None:
             ratios[:2] = (f"{_counted(peer, k) / own:.2f}" for k, own in (("seconds", seconds), ("cpu_seconds", cpu)))
@@ -42,7 +44,9 @@ def markdown(result: dict[str, Any]) -> str:
             ratios[2] = f"{_counted(peer, 'seconds') / epoch:.2f}"
         share = "–"
         if v["passes"] is not None:
-            share = f"{100 * v['passes'] * sum(useful['flops'][1:]) / seconds / limits[v['dtype']]:.0f} %"
+            rate = v["passes"] * sum(useful["flops"][1:]) / seconds
+            share = f"{100 * rate / limits[v['dtype']]:.0f} %"
+            share += f", MFU {100 * rate / peak:.1f} %" if peak else ""
         row = [
             v["name"],
             f"{sum(useful['pairs'][1:]) / seconds:.3f}",

@@ -1,9 +1,9 @@
 """The worker that takes steps of TRL's DPOTrainer, in its own virtual environment; nothing of dpo_jax is imported.
 
-    python trl_worker.py '{"model": FOLDER, "batches": FILE, "bf16": false, "tuned": false}'
+    python trl_worker.py '{"model": FOLDER, "batches": FILE, "bf16": false, "tuned": false, "out": FOLDER}'
 
-``tuned`` is TRL at its best on a CPU: activations kept instead of recomputed, the reference scored once before
-training, and the head on answer tokens only, which TRL does on GPUs.
+``tuned`` is TRL at its best: activations kept instead of recomputed, the reference scored once before training, and on
+a CPU the head on answer tokens only, which TRL does on GPUs as it comes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ import torch
 import transformers
 import trl
 
+GPU = torch.cuda.is_available()
+RATE_SIZES = (
+    ((8192, 2048, 8192), (8192, 8192, 8192), (16384, 8192, 16384))
+    if GPU
+    else ((768, 576, 1536), (1024, 1024, 1024), (512, 576, 8192))
+)
+
 
 def main(model: str, batches: str, bf16: bool, tuned: bool, out: str) -> None:
     """Trains, waiting for a line before each step."""
@@ -28,7 +35,7 @@ def main(model: str, batches: str, bf16: bool, tuned: bool, out: str) -> None:
         for batch in pairs
         for p in batch
     ]
-    if tuned:
+    if tuned and not GPU:
         trl.trainer.utils._use_triton = lambda device: True
     begin = time.perf_counter()
     config = trl.DPOConfig(
@@ -46,7 +53,7 @@ def main(model: str, batches: str, bf16: bool, tuned: bool, out: str) -> None:
         save_strategy="no",
         logging_steps=1,
         disable_tqdm=True,
-        use_cpu=True,
+        use_cpu=not GPU,
     )
     trainer = Trainer(
         sizes=[len(batch) for batch in pairs],
@@ -114,25 +121,41 @@ class Turns(transformers.TrainerCallback):
             say(rate=matmul_rate(torch.bfloat16 if args.bf16 else torch.float32))
         if not line:
             sys.exit(0)
+        synchronize()
         self.begin, self.cpu = time.perf_counter(), time.process_time()
 
     def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
         self.seconds, self.cpu_seconds = time.perf_counter() - self.begin, time.process_time() - self.cpu
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if "loss" in logs:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            say(seconds=self.seconds, cpu_seconds=self.cpu_seconds, loss=logs["loss"], peak_bytes=peak)
+            say(seconds=self.seconds, cpu_seconds=self.cpu_seconds, loss=logs["loss"], peak_bytes=peak_bytes())
+
+
+def synchronize():
+    """Waits for the GPU."""
+    if GPU:
+        torch.cuda.synchronize()
+
+
+def peak_bytes():
+    """Most memory of its device that this process has held; where that is the processor, all of its memory."""
+    if GPU:
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def matmul_rate(dtype):
-    """FLOP/s of the best matrix product."""
-    best = 0.0
-    for m, k, n in ((768, 576, 1536), (1024, 1024, 1024), (512, 576, 8192)):
-        a, b = torch.ones(m, k, dtype=dtype), torch.ones(k, n, dtype=dtype)
+    """FLOP/s of the best matrix product, of random numbers: products of equal ones take less power, and less time."""
+    best, device = 0.0, "cuda" if GPU else "cpu"
+    for m, k, n in RATE_SIZES:
+        a, b = torch.randn(m, k, device=device).to(dtype), torch.randn(k, n, device=device).to(dtype)
         for _ in range(9):
+            synchronize()
             begin = time.perf_counter()
             a @ b
+            synchronize()
             best = max(best, 2 * m * k * n / (time.perf_counter() - begin))
     return best
 

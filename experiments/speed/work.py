@@ -23,7 +23,7 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.types import CHOSEN, REJECTED
 
 LONGEST = 512  # tokens of a prompt with one of its answers; longer pairs are left out, for truncation is not measured
-ROW_EXAMPLES = 16  # most pairs in a packed row; the mean is 4
+ROW_EXAMPLES = 16  # most pairs of a packed row, and of each 768 positions of longer ones; the mean is 4
 
 Batches = list[list[Example]]
 
@@ -91,7 +91,7 @@ def shape_of(batches: Batches, *, row_length: int) -> Shape:
         prompt_length=-(-prompt // 32) * 32,
         answer_length=-(-answer // 32) * 32,
         row_length=row_length,
-        row_examples=ROW_EXAMPLES,
+        row_examples=max(ROW_EXAMPLES, ROW_EXAMPLES * row_length // 768),
     )
 
 

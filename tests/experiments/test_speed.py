@@ -108,7 +108,7 @@ def test_variants_take_the_same_steps_and_are_traced_once(common: dict[str, obje
 
 def test_workers_take_turns_and_make_a_table(common: dict[str, object], tmp_path: Path) -> None:
     variant = run.ours("packed", "float32", "step")
-    (record,) = run.measure([[variant]], common, "", tmp_path)
+    (record,) = run.measure([[variant]], common, "", tmp_path, run.DEVICES["cpu"].environment)
     assert record["steps"][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     batches = work.load(Path(str(common["batches"])))
     useful = {"pairs": [2, 2], "tokens": list(map(work.tokens, batches)), "flops": [1.0, 1.0]}

@@ -1,4 +1,4 @@
-"""JAX's splash kernel, interpreted, against dense attention: values and gradients of every layout."""
+"""The kernels, interpreted, against dense attention: values and gradients of every layout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ import pytest
 
 from dpo_jax.models.flash import flash
 from dpo_jax.models.layers import training_mask
-from dpo_jax.models.splash import Sight, splash, visited_pairs
+from dpo_jax.models.sight import Sight, find_spans
+from dpo_jax.models.splash import splash, visited_pairs
+from dpo_jax.models.triton import Kernels, Tiles, triton
 from dpo_jax.sharding import AXES
 
 LENGTH = 300  # three blocks of 128, the last in part
@@ -20,6 +22,14 @@ LENGTH = 300  # three blocks of 128, the last in part
 PACKED = [(1, 0, 90), (1, 1, 45), (1, 2, 45), (2, 0, 20), (2, 1, 30), (2, 2, 10), (3, 0, 50), (0, 0, 10)]
 SHARED = [(1, 0, 150), (1, 1, 20), (1, 2, 30), (0, 0, 100)]
 SINGLE = [(1, 0, 140), (1, 1, 110), (0, 0, 50)]
+
+KERNELS = {
+    "splash": functools.partial(splash, block=128, interpret=True),
+    # Blocks of keys larger than those of queries, smaller, and as large; with 300 tokens all end in padding.
+    "triton": functools.partial(
+        triton, tiles=Kernels(Tiles(16, 64, 4, 1), Tiles(64, 32, 4, 1), Tiles(32, 32, 4, 1)), interpret=True
+    ),
+}
 
 
 def _rows(*rows):
@@ -38,17 +48,15 @@ def _rows(*rows):
     return np.array(tables, np.int32).swapaxes(0, 1)
 
 
-@functools.partial(jax.jit, static_argnames=("branches", "windowed", "cap"))
-def _both(tensors, cotangent, rows, window, *, branches, windowed, cap):
+@functools.partial(jax.jit, static_argnames=("name", "branches", "windowed", "cap"))
+def _both(tensors, cotangent, rows, window, *, name, branches, windowed, cap):
     group, branch, position = rows
     mask = training_mask(group, branch)
     if windowed:
         mask &= position[:, :, None] - position[:, None, :] < window
-    sight = Sight(group, branch, branches)
+    spans = find_spans(Sight(group, branch, branches))
     scale = tensors[0].shape[-1] ** -0.5
-    kernel = functools.partial(
-        splash, sight=sight, window=window if windowed else None, scale=scale, cap=cap, block=128, interpret=True
-    )
+    kernel = functools.partial(KERNELS[name], spans=spans, window=window if windowed else None, scale=scale, cap=cap)
     dense = functools.partial(flash, mask_RLL=mask, scale=scale, cap=cap)
     real = (group != 0)[:, :, None, None]
 
@@ -68,11 +76,13 @@ def _both(tensors, cotangent, rows, window, *, branches, windowed, cap):
         pytest.param((SINGLE,), 1, 25, None, id="concatenated, window"),
     ],
 )
-def test_the_kernel_sees_what_the_mask_shows(rows, branches, window, cap) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_kernel_sees_what_the_mask_shows(name, rows, branches, window, cap) -> None:
     rng, tables = np.random.default_rng(0), _rows(*rows)
-    q, k, v, cotangent = (rng.normal(size=(len(rows), LENGTH, n, 8)).astype(np.float32) for n in (4, 2, 2, 4))
+    q, k, v, cotangent = (rng.normal(size=(len(rows), LENGTH, n, 16)).astype(np.float32) for n in (4, 2, 2, 4))
     windowed = window is not None
-    got, expected = _both((q, k, v), cotangent, tables, window or 0, branches=branches, windowed=windowed, cap=cap)
+    settings = dict(name=name, branches=branches, windowed=windowed, cap=cap)
+    got, expected = _both((q, k, v), cotangent, tables, window or 0, **settings)
     # Sums over up to 250 keys of numbers of about 1, in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
@@ -81,31 +91,35 @@ def test_blocks_that_nobody_sees_are_not_visited() -> None:
     # Two pairs of 256 tokens: a prompt and two answers of a block of 64 each, and padding for the rest of a block.
     pair = [(0, 128), (1, 64), (2, 64)]
     group, branch, _ = _rows([(g, b, n) for g in (1, 2) for b, n in pair])
+    sight = Sight(group, branch, 2)
     # Of 4 × 4 blocks of the row and 4 × 4 of each answer's copy: a prompt sees itself; the block of its answers sees
     # itself, and each of them its copy of the prompt.
-    assert visited_pairs(group, branch, 2, None, block=128) == 2 * (1 + 1 + 2) * 128**2
+    assert visited_pairs(sight, None, block=128) == 2 * (1 + 1 + 2) * 128**2
     # A window of 32 still reaches into the prompt from the first tokens of the answers; one of 1 does not.
-    assert visited_pairs(group, branch, 2, 32, block=128) == 2 * (1 + 1 + 2) * 128**2
-    assert visited_pairs(group, branch, 2, 1, block=128) == 2 * (1 + 1) * 128**2
+    assert visited_pairs(sight, 32, block=128) == 2 * (1 + 1 + 2) * 128**2
+    assert visited_pairs(sight, 1, block=128) == 2 * (1 + 1) * 128**2
 
 
-def test_no_array_has_two_axes_of_positions() -> None:
+@pytest.mark.parametrize("kernel", [functools.partial(splash, block=256), triton])
+def test_no_array_has_two_axes_of_positions(kernel) -> None:
     shape = lambda heads: jax.ShapeDtypeStruct((1, 1024, heads, 8), jnp.float32)  # noqa: E731
     table = jax.ShapeDtypeStruct((1, 1024), jnp.int32)
 
     def total(q, k, v, group, branch):
-        return splash(q, k, v, Sight(group, branch, 2), scale=1.0, block=256).sum()
+        return kernel(q, k, v, find_spans(Sight(group, branch, 2)), scale=1.0).sum()
 
     text = str(jax.make_jaxpr(jax.grad(total, argnums=(0, 1, 2)))(shape(4), shape(2), shape(2), table, table))
     assert "pallas_call" in text and "1024,1024]" not in text and "1024,3072]" not in text
 
 
-def test_heads_and_rows_are_attended_to_where_they_lie() -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_heads_and_rows_are_attended_to_where_they_lie(name) -> None:
     mesh = jax.make_mesh((1, 2, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 3, devices=jax.devices()[:4])
     group, branch, _ = _rows(*[[(1, 0, 50), (1, 1, 40), (1, 2, 38)]] * 2)
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(2, 128, n, 8)).astype(np.float32) for n in (4, 2, 2))
-    attend_rows = lambda q, k, v: splash(q, k, v, Sight(group, branch, 2), scale=1.0, interpret=True)  # noqa: E731
+    spans = find_spans(Sight(group, branch, 2))
+    attend_rows = lambda q, k, v: KERNELS[name](q, k, v, spans, scale=1.0)  # noqa: E731
     whole = jax.jit(attend_rows)(q, k, v)
     split = jax.NamedSharding(mesh, jax.P(("data", "fsdp"), None, "tensor"))
     with jax.set_mesh(mesh):
@@ -120,4 +134,4 @@ def test_rows_that_are_too_long_are_refused() -> None:
     long = jnp.zeros((1, 40000, 1, 8))
     table = jnp.ones((1, 40000), jnp.int32)
     with pytest.raises(ValueError, match="40000 positions, the kernel takes 32768"):
-        splash(long, long, long, Sight(table, table, 2), scale=1.0)
+        splash(long, long, long, find_spans(Sight(table, table, 2)), scale=1.0)
