@@ -140,8 +140,14 @@ def dot_flops(jaxpr: Any, trips: int = 0) -> int:
 
 
 def inner_programs(equation: Any) -> Iterator[Any]:
-    """The traced programs that an equation holds: bodies of loops, branches, calls."""
-    for value in equation.params.values():
+    """The traced programs that an equation holds: bodies of loops, branches, calls.
+
+    Of what differs between platforms, it is that of those which are not named.
+    """
+    params = dict(equation.params)
+    if params.get("branches_platforms"):
+        params["branches"] = params["branches"][-1:]
+    for value in params.values():
         for item in value if isinstance(value, tuple | list) else [value]:
             item = getattr(item, "jaxpr", item)
             if hasattr(item, "eqns"):

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.layers import outer_sum, project, training_mask
+from dpo_jax.models.layers import outer_sum, project, take_rows, training_mask
 from dpo_jax.models.sight import Sight
 from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params, SequenceLogps, TokenBatch
@@ -63,8 +63,7 @@ def target_scores(
     mask = sight(model, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
     hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
-    states_RMD = jnp.take_along_axis(hidden_RLD, batch.source_RM[:, :, None], axis=1)
-    hidden_RMD = constrain(states_RMD, "rows", None, "embed")
+    hidden_RMD = constrain(jax.vmap(take_rows)(hidden_RLD, jnp.asarray(batch.source_RM)), "rows", None, "embed")
     head_VD = model.apply(variables, method="head")
     # Padding has weight 0 and source 0; a turn that is left out has weight 0 too, but is scored for the store.
     used_M = jnp.any((batch.weight_RM > 0) | (batch.source_RM > 0), axis=0)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from dpo_jax import main
 from dpo_jax.main import command
 from tests import tiny_run
 
@@ -19,6 +21,15 @@ def test_a_mistake_ends_with_its_message_alone(error: Exception) -> None:
     with pytest.raises(SystemExit) as exit_, command():
         raise error
     assert exit_.value.code == f"error: {error}"  # Python prints a text to stderr, and exits with 1
+
+
+def test_where_there_are_gpus_programs_give_the_same_bits(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_enable_triton_gemm=true")
+    with command():
+        assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true"
+    monkeypatch.setattr(main, "_DRIVER", tmp_path)
+    with command():
+        assert os.environ["XLA_FLAGS"] == "--xla_gpu_enable_triton_gemm=true --xla_gpu_deterministic_ops=true"
 
 
 def test_a_mistake_of_ours_keeps_its_trace() -> None:

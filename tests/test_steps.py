@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from dpo_jax.losses import LOSSES
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import make_model
 from dpo_jax.types import REJECTED, PreferenceBatch
-from tests.tiny import lay_out, random_examples, setup
+from tests.tiny import lay_out, random_examples, setup, tiny_model
 
 SHAPE = Shape(answers=2, prompt_length=5, answer_length=8)
 ROWS = 16
@@ -51,6 +52,17 @@ def assert_same_run(got, expected) -> None:
 def plain_run(loss: str):
     """One device, one micro-batch: what all others are compared with."""
     return setup(loss).run(batches_for(loss))
+
+
+@pytest.mark.parametrize("loss", ["dpo", "orpo", "kto"])
+def test_gpus_add_in_a_fixed_order(loss: str) -> None:
+    prepared = setup(loss, model=tiny_model())
+    state, hyper = (prepared.parallel.unreplicate(tree) for tree in (prepared.state, prepared.hyper))
+    batch = jax.tree.map(lambda a: a[None], batches_for(loss, 1)[0])
+    text = jax.jit(prepared.function).trace(state, batch, hyper).lower(lowering_platforms=("cuda",)).as_text()
+    # Two threads that add to one row at a time do it in either order; with unique indices none do.
+    scatters = re.findall(r'"stablehlo.scatter"\(.*', text)
+    assert len(scatters) >= 3 and all("unique_indices = true" in line for line in scatters)
 
 
 COUPLED = [name for name, entry in LOSSES.items() if entry.couples_batch or entry.needs_mismatched]

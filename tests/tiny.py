@@ -103,6 +103,7 @@ class Setup:
     """A train step with all that it eats, for some loss on some devices."""
 
     parallel: DataParallel
+    function: Any
     step: Any
     state: Any
     hyper: Any
@@ -127,10 +128,11 @@ def setup(loss: str, *, answers: int = 2, devices: int = 1, learning_rate: float
     optimizer = AdamW(b1=0.9, b2=0.95, epsilon=1e-3, weight_decay=0.01, clip_norm=1.0)
     parallel = DataParallel(jax.devices()[:devices])
     config = StepConfig(answers, "cosine", 1, 10, 16, **options)
-    step = parallel.train_step(steps.make_train_step(model, objective, optimizer, config, parallel.axis))
+    function = steps.make_train_step(model, objective, optimizer, config, parallel.axis)
     state = steps.init_state(objective, optimizer, tiny_params(model, 0, 1.0), tiny_params(model, 1, 1.0))
     traced = Hyper({k: np.float32(v) for k, v in numbers.items()}, np.float32(learning_rate))
-    return Setup(parallel, step, parallel.replicate(state), parallel.replicate(traced))
+    step = parallel.train_step(function)
+    return Setup(parallel, function, step, parallel.replicate(state), parallel.replicate(traced))
 
 
 def lay_out(examples: list[Example], shape: Shape, layout: str = "concatenated") -> PreferenceBatch:

@@ -13,7 +13,7 @@ from flax import struct
 
 from dpo_jax.models.config import REMAT, DecoderConfig
 from dpo_jax.models.flash import flash
-from dpo_jax.models.layers import Cache, Dense, attend, extend, kept
+from dpo_jax.models.layers import Cache, Dense, attend, extend, kept, take_rows
 from dpo_jax.models.rope import rotate
 from dpo_jax.models.sight import Sight, Spans, find_spans
 from dpo_jax.models.splash import splash
@@ -203,7 +203,7 @@ def _stacked(cache: Cache) -> Cache:
 
 def look_up(table: Array, index_RQ: Array, axis: str | None = "vocab") -> Array:
     """Rows of a table, [R, Q, D]. A table that is split by width is gathered first; ``axis`` names its rows."""
-    return constrain(table, axis, "embed")[index_RQ]
+    return take_rows(constrain(table, axis, "embed"), index_RQ)
 
 
 class Attention(nn.Module):

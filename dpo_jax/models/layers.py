@@ -158,6 +158,70 @@ def _contract(a: Array, b: Array, axis_a: int, axis_b: int, dtype: Any = jnp.flo
 _product.defvjp(_product_forward, _product_backward)
 
 
+def take_rows(table_ND: Array, index: Array) -> Array:
+    """``table[index]``, whose gradient is summed in the same order every time: GPUs' scatters add as threads come.
+
+    Args:
+      table_ND: rows.
+      index: int32, any shape.
+    """
+    return _take_rows(table_ND, jnp.asarray(index), table_ND.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _take_rows(table_ND: Array, index: Array, count: int) -> Array:
+    return jnp.asarray(table_ND)[index]
+
+
+def _take_rows_forward(table_ND: Array, index: Array, count: int) -> tuple[Array, Array]:
+    return _take_rows(table_ND, index, count), index
+
+
+def _take_rows_backward(count: int, index: Array, cotangent: Array) -> tuple[Array, None]:
+    add = functools.partial(add_rows_in_order, count=count)
+    return jax.lax.platform_dependent(
+        cotangent, index, cuda=add, default=functools.partial(_add_rows, count=count)
+    ), None
+
+
+_take_rows.defvjp(_take_rows_forward, _take_rows_backward)
+
+
+def _add_rows(values: Array, index: Array, count: int) -> Array:
+    return jnp.zeros((count, values.shape[-1]), values.dtype).at[index].add(values)
+
+
+def add_rows_in_order(values: Array, index: Array, count: int, chunk: int = 512) -> Array:
+    """Σ of the values of each index, [count, D], in a fixed order: chunk after chunk, and in each by a product.
+
+    Args:
+      values: [..., D].
+      index: int32 [...], which row a value is added to.
+      count: of rows.
+      chunk: values that are added at a time.
+    """
+    width, total = values.shape[-1], index.size
+    chunks = -(-total // chunk)
+    missing = chunks * chunk - total
+    values_TCD = jnp.pad(values.reshape(total, width), ((0, missing), (0, 0))).reshape(chunks, chunk, width)
+    index_TC = jnp.pad(index.reshape(total), (0, missing), constant_values=count).reshape(chunks, chunk)
+    place_C = jnp.arange(chunk, dtype=jnp.int32)
+
+    def add(sums_ND: Any, part: Any) -> tuple[Any, None]:
+        values_CD, index_C = part
+        same_CC = index_C[:, None] == index_C[None]
+        totals_CD = jnp.dot(
+            same_CC.astype(values.dtype), values_CD, precision="highest", preferred_element_type=jnp.float32
+        )
+        # Only the first of equal ones is added, so that no two write to one row; the others lie outside.
+        first_C = (jnp.argmax(same_CC, axis=1) == place_C) & (index_C < count)
+        row_C = jnp.where(first_C, index_C, count + place_C)
+        sums_ND = sums_ND.at[row_C].add(totals_CD.astype(values.dtype), mode="drop", unique_indices=True)
+        return sums_ND, None
+
+    return jax.lax.scan(add, jnp.zeros((count, width), values.dtype), (values_TCD, index_TC))[0]
+
+
 class Dense(nn.Module):
     """x W + b, with logical axis names on W; layers that write to the residual stream start 1/√(2N) smaller.
 

@@ -28,6 +28,7 @@ from absl import app, flags, logging
 
 from dpo_jax.convert.pretrained import open_pretrained, save_pretrained
 from dpo_jax.data.tokenizer import open_tokenizer
+from dpo_jax.main import with_gpu_flags
 from dpo_jax.models import init_params, make_model
 from experiments.speed import work
 from experiments.speed.table import markdown
@@ -98,12 +99,15 @@ class Device:
       base: what all are compared with.
       variants: all others.
       attention: of our own workers.
+      warm: whether all steps are taken twice, and those of the second time count: where kernels are made for each shape
+        that a step has. Elsewhere the first step alone does not count.
       environment: variables of every process.
     """
 
     base: Variant
     variants: tuple[Variant, ...]
     attention: str
+    warm: bool
     environment: dict[str, str]
 
 
@@ -123,6 +127,7 @@ DEVICES = {
             ours("packed", "float32", "lora"),
         ),
         "dense",
+        False,
         {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""},
     ),
     "gpu": Device(
@@ -130,11 +135,12 @@ DEVICES = {
         (
             ours("packed", "bfloat16", "step"),
             ours("packed", "bfloat16", "store"),
-            trl(bf16=True, tuned=True),
             ours("packed", "bfloat16", "lora"),
+            trl(bf16=True, tuned=True),
         ),
         "triton",
-        {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
+        True,
+        {"JAX_PLATFORMS": "cuda", "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": with_gpu_flags("")},
     ),
 }
 
@@ -215,7 +221,7 @@ def measure(
 ) -> Iterator[Any]:
     """Runs the groups one after the other; in each, the variants take turns. Yields a record for each variant.
 
-    A step that comes first in its process is not counted: memory is touched, and kernels are chosen there.
+    A step that comes first in its process does not count: memory is touched, and kernels are chosen there.
     """
     batches = work.load(Path(common["batches"]))
     for number, group in enumerate(groups):
@@ -286,6 +292,8 @@ def main(_: Sequence[str]) -> None:
         row_length=options.row_length,
         steps=options.steps + 1,
     )
+    if device.warm:
+        batches = batches[1:] * 2
     work.save(batches, out / "batches.json")
     common = {
         "model": model,
@@ -306,7 +314,8 @@ def main(_: Sequence[str]) -> None:
         "tokens": [work.tokens(batch) for batch in batches],
         "flops": [work.needed_flops(config, batch, passes=1) for batch in batches],
     }
-    result: dict[str, Any] = {"model": options.name, "base": device.base.name, "useful": useful}
+    uncounted = options.steps if device.warm else 1
+    result: dict[str, Any] = {"model": options.name, "base": device.base.name, "uncounted": uncounted, "useful": useful}
     result |= {"load": [os.getloadavg()], "variants": []}
     for record in measure(groups, common, trl_python, out, device.environment):
         result["variants"].append(record)

@@ -19,12 +19,14 @@ def markdown(result: dict[str, Any]) -> str:
     variants, useful = result["variants"], result["useful"]
     limits = {d: max((v["rate"] for v in variants if v["dtype"] == d), default=0.0) for d in ("fp32", "bf16")}
     bases = [v for v in variants if v["name"] == result.get("base", "TRL, fp32")]
-    count = len(useful["pairs"]) - 1
+    first = result.get("uncounted", 1)
+    pairs, tokens, flops = (sum(useful[name][first:]) for name in ("pairs", "tokens", "flops"))
+    count = len(useful["pairs"]) - first
     positions_limit = ", ".join(f"{d} {rate / 1e9:.0f} GFLOP/s" for d, rate in limits.items() if rate)
     peak = next((v["ready"]["device_flops"] for v in variants if v["ready"].get("device_flops")), None)
     loads = [load[0] for load in result["load"]]
     lines = [
-        f"{result['model']}: {count} steps, {sum(useful['pairs'][1:])} pairs, {sum(useful['tokens'][1:])} useful "
+        f"{result['model']}: {count} steps, {pairs} pairs, {tokens} useful "
         f"tokens; matrix products at best {positions_limit}; load of the machine {min(loads):.1f} to {max(loads):.1f}.",
         "",
         "| variant | pairs/s | useful tokens/s | × TRL | × TRL, processor time | × TRL, with the reference's pass | "
@@ -34,25 +36,27 @@ def markdown(result: dict[str, Any]) -> str:
     for v in variants:
         # Where each was alone, all are compared with the same.
         peer = next((b for b in bases if b["group"] == v["group"]), bases[0] if bases else None)
-        seconds, cpu = (_counted(v, key) for key in ("seconds", "cpu_seconds"))
+        seconds, cpu = (_counted(v, key, first) for key in ("seconds", "cpu_seconds"))
         passed = v["ready"].get("reference_seconds")  # not every recording has it
         ratios = ["–"] * 3
         if peer is not None:
-            ratios[:2] = (f"{_counted(peer, k) / own:.2f}" for k, own in (("seconds", seconds), ("cpu_seconds", cpu)))
+            ratios[:2] = (
+                f"{_counted(peer, k, first) / own:.2f}" for k, own in (("seconds", seconds), ("cpu_seconds", cpu))
+            )
         if peer is not None and passed is not None:
-            epoch = seconds + passed * sum(useful["tokens"][1:]) / sum(useful["tokens"])
-            ratios[2] = f"{_counted(peer, 'seconds') / epoch:.2f}"
+            epoch = seconds + passed * tokens / sum(useful["tokens"])
+            ratios[2] = f"{_counted(peer, 'seconds', first) / epoch:.2f}"
         share = "–"
         if v["passes"] is not None:
-            rate = v["passes"] * sum(useful["flops"][1:]) / seconds
+            rate = v["passes"] * flops / seconds
             share = f"{100 * rate / limits[v['dtype']]:.0f} %"
             share += f", MFU {100 * rate / peak:.1f} %" if peak else ""
         row = [
             v["name"],
-            f"{sum(useful['pairs'][1:]) / seconds:.3f}",
-            f"{sum(useful['tokens'][1:]) / seconds:.0f}",
+            f"{pairs / seconds:.3f}",
+            f"{tokens / seconds:.0f}",
             *ratios,
-            f"{sum(v['ready']['positions'][1:]) / sum(useful['tokens'][1:]):.2f}",
+            f"{sum(v['ready']['positions'][first:]) / tokens:.2f}",
             share,
             f"{v['steps'][-1]['peak_bytes'] / 2**30:.2f}",
             f"{v['steps'][0]['seconds'] - seconds / count:.1f}",
@@ -62,9 +66,9 @@ def markdown(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _counted(variant: dict[str, Any], key: str) -> float:
-    """Sum over the steps that count: all but the first."""
-    return sum(step[key] for step in variant["steps"][1:])
+def _counted(variant: dict[str, Any], key: str, first: int) -> float:
+    """Sum over the steps that count."""
+    return sum(step[key] for step in variant["steps"][first:])
 
 
 def agreement(variant: dict[str, Any], peer: dict[str, Any] | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dpo_jax.models import make_model
 from dpo_jax.models.decoder import GatedMlp
-from dpo_jax.models.layers import outer_sum, product
+from dpo_jax.models.layers import add_rows_in_order, outer_sum, product, take_rows
 from tests.tiny import VOCAB
 
 
@@ -33,6 +33,28 @@ def test_a_product_has_the_gradients_of_a_product() -> None:
     got = jax.jit(lambda: pulled_back(lambda x, kernel: product(x, kernel, jnp.float32)))()
     # Sums of up to 40 numbers of about 1, in another order.
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-6), got, expected)
+
+
+def test_rows_are_taken_with_the_gradient_of_indexing() -> None:
+    rng = np.random.default_rng(0)
+    table, index = rng.normal(size=(7, 3)).astype(np.float32), rng.integers(0, 7, (2, 5))
+    cotangent = jnp.asarray(rng.normal(size=(2, 5, 3)), jnp.float32)
+    got, pull_back = jax.vjp(take_rows, table, index)
+    expected, expected_pull_back = jax.vjp(lambda t: t[index], jnp.asarray(table))
+    np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(pull_back(cotangent)[0], expected_pull_back(cotangent)[0])
+
+
+def test_rows_are_added_in_chunks_to_what_they_add_up_to() -> None:
+    rng = np.random.default_rng(0)
+    # Rows that are met in several chunks, often in one, and never; the last chunk is filled up.
+    values, index = rng.normal(size=(3, 7, 5)).astype(np.float32), rng.integers(0, 6, (3, 7))
+    index[0] = 2
+    expected = np.zeros((8, 5))
+    np.add.at(expected, index, values.astype(np.float64))
+    got = jax.jit(add_rows_in_order, static_argnums=(2, 3))(values, index, 8, 4)
+    np.testing.assert_allclose(got, expected, atol=2e-6)  # sums of up to 10 numbers of about 1
+    assert not np.any(got[6:])
 
 
 def test_a_gate_is_rounded_once() -> None:
