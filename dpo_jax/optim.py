@@ -79,8 +79,9 @@ class AdamW:
 
     def init(self, params: Params) -> Moments:
         """Moments before the first update."""
-        zeros = lambda p: np.zeros(p.shape, p.dtype)  # noqa: E731  # takes no memory until it is on a device
-        return Moments(np.zeros((), np.int32), *(jax.tree.map(zeros, params) for _ in range(2)))
+        # One number, seen in every place: takes no memory until it is on a device, however large the model.
+        zeros = jax.tree.map(lambda p: np.broadcast_to(np.zeros((), p.dtype), p.shape), params)
+        return Moments(np.zeros((), np.int32), zeros, zeros)
 
     def update(
         self, params: Params, moments: Moments, grads: Params, norm: Array, rate: Array, taken: Array | bool = True
