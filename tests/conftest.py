@@ -6,12 +6,12 @@ import os
 import shutil
 import tempfile
 
+from tests import compiled
+
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    # Eight devices, so that programs for several devices run anywhere. What is compiled here runs once or twice:
-    # optimization and the emitters of fused loops, which are made for fast programs, would take longer than they save.
-    XLA_FLAGS="--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_use_fusion_emitters=false",
+    # Eight devices, so that programs for several devices run anywhere.
+    XLA_FLAGS=f"--xla_force_host_platform_device_count=8 {compiled.FLAGS}",
     # Threads of XLA's pool: with one for each of a few cores, collectives of eight devices can wait for ever.
     NPROC="32",
     # Nothing is fetched: tests use what the repository and its packages hold.

@@ -22,7 +22,7 @@ from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.models import init_params
 from dpo_jax.start import make_start_model
 from dpo_jax.stopping import EXIT_CODE
-from tests import tiny_run
+from tests import compiled, tiny_run
 
 CHANGES = {"train.steps": 60, "train.micro_batches": 1, "data.batch_size": 16, "checkpoint.every": 5}
 CHANGES |= {"eval.every": 50, "eval.prompts": 2, "parallel.devices": None, "optim.epsilon": 1e-3}
@@ -158,7 +158,7 @@ def _start_two(config: Path, workdir: Path) -> list[subprocess.Popen[str]]:
 
 def _start(command: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
     # Four devices each; with few threads, collectives of many devices can wait for ever.
-    devices = {"XLA_FLAGS": f"{tiny_run.COMPILED} --xla_force_host_platform_device_count=4", "NPROC": "32"}
+    devices = {"XLA_FLAGS": f"{compiled.FLAGS} --xla_force_host_platform_device_count=4", "NPROC": "32"}
     environment = {**os.environ, **tiny_run.environment(), **devices}
     return subprocess.Popen(
         command, cwd=tiny_run.ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True

@@ -20,14 +20,11 @@ from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.data.tokenizer import save_tokenizer, tokenizer_fingerprint, train_tokenizer
 from dpo_jax.rewards import train_reward
 from dpo_jax.types import CHOSEN, REJECTED
+from tests import compiled
 
 ROOT = Path(__file__).parent.parent
 VOCAB = 270  # the bytes, the special tokens and a few merges
 BATCH, EXAMPLES = 4, 26  # an epoch of 6.5 steps: epochs end in the middle of a batch
-
-
-# How programs are compiled that tests start: as those of the tests themselves (conftest.py).
-COMPILED = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def write_data(folder: Path, *, answers: int = 2, seed: int = 0, longest: int = 8, name: str = "examples") -> Path:
@@ -88,7 +85,7 @@ def results(workdir: Path) -> dict[str, bytes]:
 
 def environment() -> dict[str, str]:
     """Of programs that tests start: one device."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": COMPILED}
+    return {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": compiled.FLAGS}
 
 
 def command(*arguments: str, program: str = "dpo_jax.train") -> list[str]:
