@@ -94,7 +94,8 @@ def triton(
     def attend_rows(q: Array, k: Array, v: Array, spans: Spans, window: Array | None) -> Array:
         length = q.shape[1]
         padded = -(-length // _multiple(tiles)) * _multiple(tiles)
-        spans, lowest = (whole := spans.padded(padded)), whole.lowest(window)
+        spans = spans.padded(padded)
+        lowest = spans.lowest(window)
         runs_R3L = jnp.stack([jnp.maximum(spans.own, lowest), lowest, spans.prompt_end], axis=1)
         return _attend(*(_pad(a, padded) for a in (q, k, v)), runs_R3L, settings)[:, :length]
 
@@ -136,15 +137,27 @@ def _forward(
 
 
 def _backward(settings: _Settings, saved: tuple[Array, ...], dout_RLHE: Array) -> tuple[Array | None, ...]:
-    q_RLHE, k_RLKE, v_RLKE, runs_R3L, out, normalizer = saved
-    rows, length, heads, width = q_RLHE.shape
+    *given, out, normalizer = saved
     mean_slope = jnp.einsum("rlhe,rlhe->rhl", out, dout_RLHE, preferred_element_type=jnp.float32)
-    dout_RLHE = dout_RLHE.astype(q_RLHE.dtype)
-    keys, group = k_RLKE.shape[2], heads // k_RLKE.shape[2]
+    given += [dout_RLHE.astype(out.dtype), normalizer, mean_slope]
+    dk, dv = _keys_backward(settings, *given)
+    return _queries_backward(settings, *given), dk, dv, None
 
+
+def _keys_backward(
+    settings: _Settings,
+    q_RLHE: Array,
+    k_RLKE: Array,
+    v_RLKE: Array,
+    runs_R3L: Array,
+    dout_RLHE: Array,
+    normalizer_RHL: Array,
+    mean_slope_RHL: Array,
+) -> list[Array]:
+    (rows, length, heads, width), keys = q_RLHE.shape, k_RLKE.shape[2]
     tiles = settings.tiles.keys
-    block = _Blocks(length, tiles.keys, group, width)
-    dk, dv = _call(
+    block = _Blocks(length, tiles.keys, heads // keys, width)
+    return _call(
         _keys_kernel,
         settings,
         tiles,
@@ -156,14 +169,27 @@ def _backward(settings: _Settings, saved: tuple[Array, ...], dout_RLHE: Array) -
             (k_RLKE, block.keys),
             (v_RLKE, block.keys),
             (dout_RLHE, block.group_queries),
-            (normalizer, block.group_normalizer),
-            (mean_slope, block.group_normalizer),
+            (normalizer_RHL, block.group_normalizer),
+            (mean_slope_RHL, block.group_normalizer),
         ],
         outputs=[(k_RLKE, block.keys), (v_RLKE, block.keys)],
     )
+
+
+def _queries_backward(
+    settings: _Settings,
+    q_RLHE: Array,
+    k_RLKE: Array,
+    v_RLKE: Array,
+    runs_R3L: Array,
+    dout_RLHE: Array,
+    normalizer_RHL: Array,
+    mean_slope_RHL: Array,
+) -> Array:
+    rows, length, heads, width = q_RLHE.shape
     tiles = settings.tiles.queries
-    block = _Blocks(length, tiles.queries, group, width)
-    [dq] = _call(
+    block = _Blocks(length, tiles.queries, heads // k_RLKE.shape[2], width)
+    [dq_RLHE] = _call(
         _queries_kernel,
         settings,
         tiles,
@@ -175,12 +201,12 @@ def _backward(settings: _Settings, saved: tuple[Array, ...], dout_RLHE: Array) -
             (k_RLKE, block.all_keys),
             (v_RLKE, block.all_keys),
             (dout_RLHE, block.queries),
-            (normalizer, block.normalizer),
-            (mean_slope, block.normalizer),
+            (normalizer_RHL, block.normalizer),
+            (mean_slope_RHL, block.normalizer),
         ],
         outputs=[(q_RLHE, block.queries)],
     )
-    return dq, dk, dv, None
+    return dq_RLHE
 
 
 _attend.defvjp(_forward, _backward)
