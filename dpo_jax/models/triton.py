@@ -137,76 +137,36 @@ def _forward(
 
 
 def _backward(settings: _Settings, saved: tuple[Array, ...], dout_RLHE: Array) -> tuple[Array | None, ...]:
-    *given, out, normalizer = saved
-    mean_slope = jnp.einsum("rlhe,rlhe->rhl", out, dout_RLHE, preferred_element_type=jnp.float32)
-    given += [dout_RLHE.astype(out.dtype), normalizer, mean_slope]
-    dk, dv = _keys_backward(settings, *given)
-    return _queries_backward(settings, *given), dk, dv, None
-
-
-def _keys_backward(
-    settings: _Settings,
-    q_RLHE: Array,
-    k_RLKE: Array,
-    v_RLKE: Array,
-    runs_R3L: Array,
-    dout_RLHE: Array,
-    normalizer_RHL: Array,
-    mean_slope_RHL: Array,
-) -> list[Array]:
+    q_RLHE, k_RLKE, v_RLKE, runs_R3L, out, normalizer = saved
     (rows, length, heads, width), keys = q_RLHE.shape, k_RLKE.shape[2]
+    mean_slope = jnp.einsum("rlhe,rlhe->rhl", out, dout_RLHE, preferred_element_type=jnp.float32)
+    given = q_RLHE, k_RLKE, v_RLKE, dout_RLHE.astype(out.dtype), normalizer, mean_slope
+
     tiles = settings.tiles.keys
     block = _Blocks(length, tiles.keys, heads // keys, width)
-    return _call(
+    specs = block.group_queries, block.keys, block.keys, block.group_queries, *[block.group_normalizer] * 2
+    visited = [(_visiting_queries(runs_R3L, tiles), block.last), (runs_R3L, block.all_runs)]
+    dk, dv = _call(
         _keys_kernel,
         settings,
         tiles,
         grid=(length // tiles.keys, keys, rows),
-        inputs=[
-            (_visiting_queries(runs_R3L, tiles), block.last),
-            (runs_R3L, block.all_runs),
-            (q_RLHE, block.group_queries),
-            (k_RLKE, block.keys),
-            (v_RLKE, block.keys),
-            (dout_RLHE, block.group_queries),
-            (normalizer_RHL, block.group_normalizer),
-            (mean_slope_RHL, block.group_normalizer),
-        ],
+        inputs=[*visited, *zip(given, specs, strict=True)],
         outputs=[(k_RLKE, block.keys), (v_RLKE, block.keys)],
     )
-
-
-def _queries_backward(
-    settings: _Settings,
-    q_RLHE: Array,
-    k_RLKE: Array,
-    v_RLKE: Array,
-    runs_R3L: Array,
-    dout_RLHE: Array,
-    normalizer_RHL: Array,
-    mean_slope_RHL: Array,
-) -> Array:
-    rows, length, heads, width = q_RLHE.shape
     tiles = settings.tiles.queries
-    block = _Blocks(length, tiles.queries, heads // k_RLKE.shape[2], width)
-    [dq_RLHE] = _call(
+    block = _Blocks(length, tiles.queries, heads // keys, width)
+    specs = block.queries, block.all_keys, block.all_keys, block.queries, *[block.normalizer] * 2
+    visited = [(_visited_keys(runs_R3L, tiles), block.ranges), (runs_R3L, block.runs)]
+    [dq] = _call(
         _queries_kernel,
         settings,
         tiles,
         grid=(length // tiles.queries, heads, rows),
-        inputs=[
-            (_visited_keys(runs_R3L, tiles), block.ranges),
-            (runs_R3L, block.runs),
-            (q_RLHE, block.queries),
-            (k_RLKE, block.all_keys),
-            (v_RLKE, block.all_keys),
-            (dout_RLHE, block.queries),
-            (normalizer_RHL, block.normalizer),
-            (mean_slope_RHL, block.normalizer),
-        ],
+        inputs=[*visited, *zip(given, specs, strict=True)],
         outputs=[(q_RLHE, block.queries)],
     )
-    return dq_RLHE
+    return dq, dk, dv, None
 
 
 _attend.defvjp(_forward, _backward)
