@@ -96,7 +96,7 @@ def with_attention(model: nn.Module, config: Config, platform: str) -> nn.Module
       ValueError: a kernel that these devices, this model or this layout has not.
     """
     wanted = config.model.attention
-    kernels = _TRIED.get(platform, ()) if wanted == "auto" else () if wanted == "dense" else (wanted,)
+    kernels = {"auto": _TRIED.get(platform, ()), "dense": ()}.get(wanted, (wanted,))
     reasons = {kernel: _WITHOUT[kernel](model, config, platform) for kernel in kernels}
     if reasons.get(wanted):
         raise ValueError(f"config.model.attention is {wanted!r}, but {reasons[wanted]}: set it to auto or dense")
@@ -117,23 +117,27 @@ def _without_splash(model: nn.Module, config: Config, platform: str) -> str | No
 
 def _without_cudnn(model: nn.Module, config: Config, platform: str) -> str | None:
     c = model.config
+    if reason := _without_gpu_kernels(model, platform):
+        return reason
     if config.data.layout != "concatenated":
         return f"rows of the layout {config.data.layout} hold several answers, and the kernel knows causal rows alone"
     if c.attention_cap is not None or any(w and w < _row_positions(config) for w in c.windows or ()):
         return "the model caps its scores or has windows, which the kernel has not"
     if c.size > 128 or c.size % 8:
         return f"the kernel is for heads of 8, 16, … 128, not {c.size}"
-    return _without_half_precision(model, platform)
+    return None
 
 
 def _without_triton(model: nn.Module, config: Config, platform: str) -> str | None:
+    if reason := _without_gpu_kernels(model, platform):
+        return reason
     if model.config.size not in triton.SIZES:
         return f"the kernel is for heads of {', '.join(map(str, triton.SIZES))}, not {model.config.size}"
-    return _without_half_precision(model, platform)
+    return None
 
 
-def _without_half_precision(model: nn.Module, platform: str) -> str | None:
-    """Why there are no kernels for these devices in this precision."""
+def _without_gpu_kernels(model: nn.Module, platform: str) -> str | None:
+    """What each of the GPUs' kernels needs: such devices, and half precision."""
     if platform != "gpu":
         return f"the devices are of the kind {platform}, and the kernel is for GPUs"
     if (capability := _compute_capability()) < 8.0:

@@ -110,3 +110,8 @@ def block_ranges(low_L: Array, end_L: Array, queries: int, keys: int) -> tuple[A
     low_I = jnp.min(jnp.where(some_L, low_L, low_L.shape[-1]).reshape(blocked), axis=-1)
     end_I = jnp.max(jnp.where(some_L, end_L, 0).reshape(blocked), axis=-1)
     return low_I // keys, -(-end_I // keys)
+
+
+def pad_positions(array: Array, length: int) -> Array:
+    """Zeros after each row of [R, L, …], up to ``length`` positions."""
+    return jnp.pad(array, [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)])

@@ -21,7 +21,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import MaskInfo
 
 from dpo_jax.models.config import ATTENDED
-from dpo_jax.models.sight import LONGEST, Sight, Spans, blocks_between, find_spans
+from dpo_jax.models.sight import LONGEST, Sight, Spans, blocks_between, find_spans, pad_positions
 from dpo_jax.sharding import by_device
 from dpo_jax.types import Array
 
@@ -70,7 +70,7 @@ def splash(
     settings: dict[str, Any] = dict(block=block, cap=cap, interpret=interpret)
 
     def attend_rows(q: Array, k: Array, v: Array, spans: Spans, window: Array | None) -> Array:
-        heads_first = tuple(_pad(a, padded).swapaxes(1, 2) for a in (q, k, v))
+        heads_first = tuple(pad_positions(a, padded).swapaxes(1, 2) for a in (q, k, v))
         out_RHLE = jax.lax.map(
             lambda row: _attend_row(*row, window=window, **settings), (*heads_first, spans.padded(padded))
         )
@@ -166,7 +166,3 @@ def _block_sizes(block: int) -> kernel.BlockSizes:
         block_q_dq=block,
         block_kv_dq=block,
     )
-
-
-def _pad(array: Array, length: int) -> Array:
-    return jnp.pad(array, [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)])

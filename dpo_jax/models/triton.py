@@ -24,7 +24,7 @@ from jax.experimental.pallas import triton as plgpu
 
 from dpo_jax.models.config import ATTENDED
 from dpo_jax.models.layers import soft_cap
-from dpo_jax.models.sight import Spans, block_ranges
+from dpo_jax.models.sight import Spans, block_ranges, blocks_between, pad_positions
 from dpo_jax.sharding import by_device
 from dpo_jax.types import Array
 
@@ -97,7 +97,7 @@ def triton(
         spans = spans.padded(padded)
         lowest = spans.lowest(window)
         runs_R3L = jnp.stack([jnp.maximum(spans.own, lowest), lowest, spans.prompt_end], axis=1)
-        return _attend(*(_pad(a, padded) for a in (q, k, v)), runs_R3L, settings)[:, :length]
+        return _attend(*(pad_positions(a, padded) for a in (q, k, v)), runs_R3L, settings)[:, :length]
 
     queries, keys = ("rows", None, "heads", None), ("rows", None, "kv_heads", None)
     local = by_device(attend_rows, (queries, keys, keys, ("rows", None), ()), queries)
@@ -140,7 +140,7 @@ def _backward(settings: _Settings, saved: tuple[Array, ...], dout_RLHE: Array) -
     q_RLHE, k_RLKE, v_RLKE, runs_R3L, out, normalizer = saved
     (rows, length, heads, width), keys = q_RLHE.shape, k_RLKE.shape[2]
     mean_slope = jnp.einsum("rlhe,rlhe->rhl", out, dout_RLHE, preferred_element_type=jnp.float32)
-    given = q_RLHE, k_RLKE, v_RLKE, dout_RLHE.astype(out.dtype), normalizer, mean_slope
+    given = q_RLHE, k_RLKE, v_RLKE, dout_RLHE, normalizer, mean_slope
 
     tiles = settings.tiles.keys
     block = _Blocks(length, tiles.keys, heads // keys, width)
@@ -223,8 +223,7 @@ def _visited_keys(runs_R3L: Array, tiles: Tiles) -> Array:
     """
     own_RL, low_RL, end_RL = runs_R3L[:, 0], runs_R3L[:, 1], runs_R3L[:, 2]
     prompt_first, prompt_end = block_ranges(low_RL, end_RL, tiles.queries, tiles.keys)
-    past_RL = jnp.broadcast_to(jnp.arange(1, own_RL.shape[1] + 1, dtype=jnp.int32), own_RL.shape)
-    first, end = block_ranges(own_RL, past_RL, tiles.queries, tiles.keys)
+    first, end = block_ranges(own_RL, _past(own_RL), tiles.queries, tiles.keys)
     apart = prompt_end <= first
     last_prompt = jnp.where(apart, prompt_end, prompt_first)
     return jnp.stack(
@@ -234,11 +233,16 @@ def _visited_keys(runs_R3L: Array, tiles: Tiles) -> Array:
 
 def _visiting_queries(runs_R3L: Array, tiles: Tiles) -> Array:
     """For each block of keys, past the last block of queries that sees one of them, int32 [R, J]."""
-    prompt_first, prompt_end, first, end = (a[:, :, None] for a in _visited_keys(runs_R3L, tiles).swapaxes(0, 1))
-    block_J = jnp.arange(runs_R3L.shape[2] // tiles.keys, dtype=jnp.int32)[None, None]
-    visited_RIJ = ((prompt_first <= block_J) & (block_J < prompt_end)) | ((first <= block_J) & (block_J < end))
-    past_I = jnp.arange(1, runs_R3L.shape[2] // tiles.queries + 1, dtype=jnp.int32)
+    own_RL, low_RL, end_RL = runs_R3L[:, 0], runs_R3L[:, 1], runs_R3L[:, 2]
+    prompts_RIJ = blocks_between(low_RL, end_RL, tiles.queries, tiles.keys)
+    visited_RIJ = prompts_RIJ | blocks_between(own_RL, _past(own_RL), tiles.queries, tiles.keys)
+    past_I = jnp.arange(1, visited_RIJ.shape[1] + 1, dtype=jnp.int32)
     return jnp.max(jnp.where(visited_RIJ, past_I[None, :, None], 0), axis=1)
+
+
+def _past(own_RL: Array) -> Array:
+    """Past each token, where its own run ends."""
+    return jnp.broadcast_to(jnp.arange(1, own_RL.shape[1] + 1, dtype=jnp.int32), own_RL.shape)
 
 
 def _forward_kernel(
@@ -371,7 +375,3 @@ def _dot(a: Array, b: Array) -> Array:
 def _multiple(tiles: Kernels) -> int:
     """Rows are padded to a multiple of every block."""
     return max(max(tile.queries, tile.keys) for tile in tiles)
-
-
-def _pad(array: Array, length: int) -> Array:
-    return jnp.pad(array, [(0, 0), (0, length - array.shape[1]), *[(0, 0)] * (array.ndim - 2)])
