@@ -46,6 +46,15 @@ def test_rows_come_back_in_order(devices: int) -> None:
     assert parallel.traces == {"double": 1}
 
 
+def test_what_lies_on_a_device_is_its_own() -> None:
+    """Memory of numpy's is not written to: a step would have to copy it, at the worst of times."""
+    raw = np.zeros(1024 + 16, np.float32)
+    aligned = raw[-raw.ctypes.data % 64 // 4 :][:1024]  # as JAX takes it without a copy
+    assert jax.device_put(aligned).unsafe_buffer_pointer() == aligned.ctypes.data
+    placed = DataParallel(jax.devices()[:1]).replicate(aligned)
+    assert placed.addressable_data(0).unsafe_buffer_pointer() != aligned.ctypes.data
+
+
 def test_a_tree_survives_the_devices() -> None:
     parallel = DataParallel(jax.devices()[:4])
     tree = {"a": np.arange(3), "b": None, "c": np.float32(1.5)}

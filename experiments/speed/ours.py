@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,6 @@ class Worker:
         model = pretrained.model(
             dtype=jnp.dtype(settings.dtype), remat=settings.remat, unroll=settings.unroll, attention=settings.attention
         )
-        params = pretrained.params(model)
         self.parallel = DataParallel(jax.local_devices()[:1])
         examples = work.load(Path(settings.batches))
         objective, numbers = make_objective(settings.loss, {"beta": 0.1} if settings.loss == "dpo" else {})
@@ -85,10 +86,10 @@ class Worker:
         )
         self.reference_seconds = 0.0
         if settings.reference == "store":
-            examples = self._with_stored_reference(model, params, examples)
+            examples = self._with_stored_reference(model, pretrained.params(model), examples)
         optimizer = AdamW(b1=0.9, b2=0.999, epsilon=1e-8, weight_decay=0.0, clip_norm=1.0)
-        model, self.state = _state(self.parallel, objective, optimizer, model, params, settings.reference)
-        del params  # from here on there is what lies on the device alone
+        read = functools.partial(pretrained.params, model)
+        model, self.state = _state(self.parallel, objective, optimizer, model, read, settings.reference)
         config = StepConfig(self.shape.answers, "constant", 0, len(examples), settings.head_chunk)
         self.function = make_train_step(model, objective, optimizer, config, self.parallel.axis)
         self.model = model
@@ -150,23 +151,26 @@ def _with_values(example: Example, values: tuple[np.ndarray, ...]) -> Example:
 
 
 def _state(
-    parallel: DataParallel, objective: Any, optimizer: Any, model: Any, params: Params, reference: str
+    parallel: DataParallel, objective: Any, optimizer: Any, model: Any, read: Callable[[], Params], reference: str
 ) -> tuple[Any, TrainState]:
-    """The model that is trained, and its first state on the device; the optimizer's zeros are never all on the host."""
+    """The model that is trained, and its first state on the device."""
+    params = read()
     trained, frozen = params, params if reference == "step" else None
     if reference == "lora":
         model = lora.with_adapter(model, lora.Adapter(".*", rank=8, alpha=16.0))
         shapes = lora.split(param_shapes(model))[1]
         trained, frozen = lora.fresh(shapes, seed=0), params
-    zeros = jax.eval_shape(optimizer.init, trained)
-    placed = TrainState(
+    placed, frozen = parallel.replicate((trained, frozen))
+    moments = optimizer.init(trained)
+    del params, trained  # the moments lie where these lay
+    state = TrainState(
         step=parallel.replicate(jnp.int32(0)),
-        params=parallel.replicate(trained),
-        reference=None,
-        opt_state=jax.tree.map(lambda leaf: parallel.replicate(np.zeros(leaf.shape, leaf.dtype)), zeros),
+        params=placed,
+        reference=frozen,
+        opt_state=parallel.replicate(moments),
         loss_state=parallel.replicate(objective.initial_state()),
     )
-    return model, placed if frozen is None else dataclasses.replace(placed, reference=parallel.replicate(frozen))
+    return model, state
 
 
 # Of matrix products whose rate counts as a device's: as a model has them, and large enough for it.
