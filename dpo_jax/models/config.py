@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from dpo_jax.lora import Adapter
 from dpo_jax.models.rope import Rope
 
-ATTENDED = "attended"
-_ATTENTION = (ATTENDED, "qkv", *(f"attention/{name}" for name in ("query", "key", "value")))
+INPUT, ATTENDED = "input", "attended"
+_ATTENTION = (INPUT, ATTENDED, "qkv", *(f"attention/{name}" for name in ("query", "key", "value")))
 _OUT = ("attention_out", "attention/out", "mlp_out", "mlp/out", "mlp/down")
-# What a layer keeps for the backward pass beside its input, from most to least: what attention saw, and products.
+# What a layer keeps for the backward pass, from most to least: its input, what attention saw, and products.
 REMAT: dict[str, tuple[str, ...] | None] = {
     "none": None,  # everything
     "dots": (*_ATTENTION, *_OUT, "mlp_in", "mlp/in", "mlp/gate", "mlp/up"),
     "gate": (*_ATTENTION, "mlp/gate"),
     "attention": _ATTENTION,
-    "full": (),
+    "full": (INPUT,),
 }
 # How whole rows are attended to: dense blocks, or a kernel of TPUs (interpreted, slowly, on CPUs), or one of GPUs.
 ATTENTION = ("dense", "splash", "interpreted", "triton", "cudnn")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.config import ATTENDED
-from dpo_jax.models.layers import soft_cap
+from dpo_jax.models.layers import named, soft_cap
 from dpo_jax.sharding import by_device
 from dpo_jax.types import Array
 
@@ -86,7 +86,7 @@ def _forward(
     column = (*q_RKGLE.shape[:-1], 1)
     nothing = jnp.full(column, _UNSEEN), jnp.zeros(column, jnp.float32), jnp.zeros(q_RKGLE.shape, jnp.float32)
     top, total, out = _visit_pairs(mask_RLL, blocks, visit, nothing)
-    out = checkpoint_name((out / total).astype(q_RKGLE.dtype), ATTENDED)
+    out = named((out / total).astype(q_RKGLE.dtype), ATTENDED)
     normalizer = checkpoint_name(top + jnp.log(total), ATTENDED)
     return out, (q_RKGLE, k_RKLE, v_RKLE, mask_RLL, out, normalizer)
 

@@ -14,9 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import INPUT, DecoderConfig
 from dpo_jax.models.decoder import Attention, Context, Decoder, GatedMlp, Layer, look_up
-from dpo_jax.models.layers import Cache, UnitRmsNorm
+from dpo_jax.models.layers import Cache, UnitRmsNorm, keepable
 from dpo_jax.models.rope import Rope
 from dpo_jax.types import Array
 
@@ -50,6 +50,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:
         c = self.config
+        x_RQD = keepable(x_RQD, INPUT)
         h_RQD = UnitRmsNorm(c, name="attention_norm")(x_RQD)
         h_RQD, cache = Attention(c, self.head_norm, name="attention")(h_RQD, cache, layer, context)
         x_RQD += UnitRmsNorm(c, name="attention_out_norm")(h_RQD)

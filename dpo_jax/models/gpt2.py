@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import INPUT, DecoderConfig
 from dpo_jax.models.decoder import Context, Decoder, Layer, attend_and_keep, look_up
-from dpo_jax.models.layers import Cache, Dense, LayerNorm
+from dpo_jax.models.layers import Cache, Dense, LayerNorm, keepable
 from dpo_jax.types import Array
 
 
@@ -32,6 +32,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:
         c = self.config
+        x_RQD = keepable(x_RQD, INPUT)
         h_RQD = LayerNorm(c, name="attention_norm")(x_RQD)
         qkv = Dense(c, 3 * c.width, ("embed", "heads"), name="qkv")(h_RQD)
         q, k, v = (a.reshape(*a.shape[:2], c.heads, -1) for a in jnp.split(qkv, 3, axis=-1))

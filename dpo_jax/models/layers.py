@@ -158,6 +158,25 @@ def _contract(a: Array, b: Array, axis_a: int, axis_b: int, dtype: Any = jnp.flo
 _product.defvjp(_product_forward, _product_backward)
 
 
+def named(x: Array, name: str) -> Array:
+    """x, which layers may keep for the backward pass under this name; where no derivative is taken through it.
+
+    Half precision is kept as bits: CPUs widen such numbers, all layers' of them, to write one layer's among them.
+    """
+    if jnp.dtype(x.dtype).itemsize > 2:
+        return checkpoint_name(x, name)
+    return jax.lax.bitcast_convert_type(checkpoint_name(jax.lax.bitcast_convert_type(x, jnp.uint16), name), x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def keepable(x: Array, name: str) -> Array:
+    """x, which layers may keep for the backward pass under this name."""
+    return named(x, name)
+
+
+keepable.defvjp(lambda x, name: (named(x, name), None), lambda name, _, cotangent: (cotangent,))
+
+
 def take_rows(table_ND: Array, index: Array) -> Array:
     """``table[index]``, whose gradient is summed in the same order every time: GPUs' scatters add as threads come.
 
@@ -245,7 +264,7 @@ class Dense(nn.Module):
         y = product(x, kernel, c.dtype)
         if c.adapter is not None and c.adapter.matches("/".join(self.path)):
             y += self._low_rank(x, c.adapter)
-        y = checkpoint_name(constrain(y, "rows", *[None] * (x.ndim - 2), self.axes[1]), "/".join(self.path[1:]))
+        y = keepable(constrain(y, "rows", *[None] * (x.ndim - 2), self.axes[1]), "/".join(self.path[1:]))
         if not self.bias:
             return y
         zeros = nn.with_logical_partitioning(nn.initializers.zeros_init(), self.axes[1:])

@@ -8,9 +8,9 @@ from typing import ClassVar
 import flax.linen as nn
 import jax
 
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import INPUT, DecoderConfig
 from dpo_jax.models.decoder import Attention, Context, Decoder, GatedMlp, Layer
-from dpo_jax.models.layers import Cache, RmsNorm
+from dpo_jax.models.layers import Cache, RmsNorm, keepable
 from dpo_jax.models.rope import Rope
 from dpo_jax.types import Array
 
@@ -31,6 +31,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:
         c = self.config
+        x_RQD = keepable(x_RQD, INPUT)
         h_RQD = RmsNorm(c, name="attention_norm")(x_RQD)
         h_RQD, cache = Attention(c, self.head_norm, name="attention")(h_RQD, cache, layer, context)
         x_RQD += h_RQD

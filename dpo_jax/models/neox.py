@@ -8,9 +8,9 @@ from functools import partial
 import flax.linen as nn
 import jax
 
-from dpo_jax.models.config import DecoderConfig
+from dpo_jax.models.config import INPUT, DecoderConfig
 from dpo_jax.models.decoder import Context, Decoder, Layer, Mlp, attend_and_keep
-from dpo_jax.models.layers import Cache, Dense, LayerNorm
+from dpo_jax.models.layers import Cache, Dense, LayerNorm, keepable
 from dpo_jax.models.rope import Rope
 from dpo_jax.types import Array
 
@@ -38,6 +38,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x_RQD: Array, cache: Cache | None, layer: Layer, context: Context) -> tuple[Array, Cache | None]:
         c = self.config
+        x_RQD = keepable(x_RQD, INPUT)
         h_RQD = LayerNorm(c, name="attention_norm")(x_RQD)
         qkv = Dense(c, 3 * c.width, ("embed", "heads"), bias=c.qkv_bias, name="qkv")(h_RQD)
         qkv = qkv.reshape(*qkv.shape[:2], c.heads, 3, c.size)

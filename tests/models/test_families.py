@@ -10,9 +10,9 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.data.layouts import LAYOUTS, Shape, concatenated, shared_prefix
-from dpo_jax.models import FAMILIES, init_params, make_model
+from dpo_jax.models import FAMILIES, init_params, make_model, param_shapes
 from dpo_jax.models.config import REMAT
-from dpo_jax.models.layers import product
+from dpo_jax.models.layers import keepable, product
 from dpo_jax.models.rope import Rope
 from dpo_jax.trees import named_leaves
 from tests.tiny import VOCAB, jit_score, lay_out, random_examples, setup, tiny_params
@@ -86,6 +86,25 @@ def test_remat_changes_memory_and_not_numbers() -> None:
     products = [text[remat].count("dot_general") for remat in REMAT]
     assert products[0] == products[1], "all products are kept"
     assert products[1:] == sorted(set(products[1:])), "each keeps less than the one before, and computes more again"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_is_kept_as_bits(family: str) -> None:
+    """Written among all layers' as it is, CPUs widen it and all those of other layers."""
+    model = _tiny(family, dtype=jnp.bfloat16, remat="dots", layers=7)
+    shapes = param_shapes(model)
+    text = str(
+        jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, *_inputs())[0].astype(float).sum()))(shapes)
+    )
+    assert "u16[7," in text and "bf16[7," not in text
+
+
+def test_what_is_kept_as_bits_has_the_gradient_of_what_is_not() -> None:
+    x = jnp.linspace(-2, 2, 33, dtype=jnp.bfloat16)
+    keep = jax.checkpoint_policies.save_only_these_names("x")
+    plain = lambda x: jnp.sum(jnp.sin(jnp.sin(x).astype(float)))  # noqa: E731
+    named = jax.checkpoint(lambda x: jnp.sum(jnp.sin(keepable(jnp.sin(x), "x").astype(float))), policy=keep)
+    np.testing.assert_array_equal(jax.grad(named)(x), jax.grad(plain)(x))
 
 
 @pytest.mark.parametrize("layout", ["concatenated", "packed"])
