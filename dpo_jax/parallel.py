@@ -352,10 +352,10 @@ def _on_each(tree: Any, devices: Sequence[jax.Device], axis: str) -> Any:
         library = jnp if isinstance(array, jax.Array) else np
         copies = library.broadcast_to(array, (len(devices), *np.shape(array)))
         placed = jax.device_put(copies, sharding, may_alias=False)  # steps write to what they are given
-        if devices[0].platform != "cpu":
+        if library is jnp or devices[0].platform != "cpu":
             return placed
-        # There numpy's memory is taken as it lies all the same; a step, which cannot write to that, would copy it. One
-        # array after the other: copies are begun sooner than they are made, and all would lie in memory twice.
+        # CPUs take numpy's memory as it lies all the same; a step, which cannot write to that, would copy it. One array
+        # after the other: copies are begun sooner than they are made, and all would lie in memory twice.
         return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False))
 
     return jax.tree.map(place, tree)

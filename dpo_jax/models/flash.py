@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from dpo_jax.models.config import ATTENDED
 from dpo_jax.models.layers import named, soft_cap
@@ -87,7 +86,7 @@ def _forward(
     nothing = jnp.full(column, _UNSEEN), jnp.zeros(column, jnp.float32), jnp.zeros(q_RKGLE.shape, jnp.float32)
     top, total, out = _visit_pairs(mask_RLL, blocks, visit, nothing)
     out = named((out / total).astype(q_RKGLE.dtype), ATTENDED)
-    normalizer = checkpoint_name(top + jnp.log(total), ATTENDED)
+    normalizer = named(top + jnp.log(total), ATTENDED)
     return out, (q_RKGLE, k_RKLE, v_RKLE, mask_RLL, out, normalizer)
 
 
