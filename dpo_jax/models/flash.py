@@ -71,6 +71,9 @@ def _attend(q_RKGLE: Array, k_RKLE: Array, v_RKLE: Array, mask_RLL: Array, block
 def _forward(
     q_RKGLE: Array, k_RKLE: Array, v_RKLE: Array, mask_RLL: Array, blocks: int, cap: float | None
 ) -> tuple[Array, tuple]:
+    # Kept as they are read here: turned, and head by head.
+    q_RKGLE, k_RKLE, v_RKLE = (named(a, ATTENDED) for a in (q_RKGLE, k_RKLE, v_RKLE))
+
     def visit(i: Any, j: Any, seen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = (_part(a, i, blocks, 3) for a in seen)
         scores = _scores(q_RKGLE, k_RKLE, i, j, blocks, cap)
@@ -99,7 +102,8 @@ def _backward(blocks: int, cap: float | None, saved: tuple, dout_RKGLE: Array) -
         scores = _scores(q_RKGLE, k_RKLE, i, j, blocks, cap)
         queries, dout = (_part(a, i, blocks, 3) for a in (q_RKGLE, dout_RKGLE))
         keys, values = (_part(a, j, blocks, 2) for a in (k_RKLE, v_RKLE))
-        weights = jnp.where(_mask(mask_RLL, i, j, blocks), jnp.exp(scores - _part(normalizer, i, blocks, 3)), 0.0)
+        rise = scores - _part(normalizer, i, blocks, 3)
+        weights = jnp.exp(jnp.where(_mask(mask_RLL, i, j, blocks), rise, -jnp.inf))
         dweights = _wide("rkgqe,rkte->rkgqt", dout, values)
         slope = 1.0 if cap is None else 1.0 - jnp.square(scores / cap)
         dscores = (weights * (dweights - _part(mean_slope, i, blocks, 3)) * slope).astype(keys.dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -99,11 +100,21 @@ class Rope:
         return (plain / self.factor * stretched + plain * (1 - stretched)).astype(np.float32)
 
 
+@jax.custom_vjp
 def rotate(x_RQHE: Array, cos_RQE: Array, sin_RQE: Array) -> Array:
-    """Turns the first coordinates of every head, as many as the angles are for; the rest stay. In fp32."""
+    """Turns the first coordinates of every head, as many as the angles are for; the rest stay. In fp32.
+
+    Angles carry no gradient. That of x is turned back: left to itself, it is a sum of padded halves.
+    """
     half = cos_RQE.shape[-1]
     cos, sin = cos_RQE[:, :, None], sin_RQE[:, :, None]
     x = x_RQHE.astype(jnp.float32)
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
     return turned.astype(x_RQHE.dtype)
+
+
+rotate.defvjp(
+    lambda x, cos, sin: (rotate(x, cos, sin), (cos, sin)),
+    lambda angles, cotangent: (rotate(cotangent, angles[0], -angles[1]), None, None),
+)

@@ -85,6 +85,8 @@ def test_remat_changes_memory_and_not_numbers() -> None:
     assert [remat for remat in REMAT if "remat" not in text[remat]] == ["none"]
     products = [text[remat].count("dot_general") for remat in REMAT]
     assert products[0] == products[1], "all products are kept"
+    turns = [text[remat].count("concatenate[") for remat in REMAT]
+    assert len(set(turns[:-1])) == 1 < turns[-1] / turns[0], "what attention reads is kept as it reads it"
     assert products[1:] == sorted(set(products[1:])), "each keeps less than the one before, and computes more again"
 
 
