@@ -307,8 +307,12 @@ def _check(c: Config) -> None:
         if value not in known:
             raise ValueError(f"config.{path} is {value!r}; known: {', '.join(map(str, known))}")
     if (c.train.steps is None) == (c.train.epochs is None):
-        raise ValueError("set exactly one of config.train.steps and config.train.epochs")
-    if c.model.layers % c.model.unroll or c.model.width % c.model.heads:
+        raise ValueError(
+            "set exactly one of config.train.steps and config.train.epochs; they are "
+            f"{c.train.steps} and {c.train.epochs}"
+        )
+    own_sizes = c.init.hf is None  # else those of the model that is read are checked as it is
+    if own_sizes and (c.model.layers % c.model.unroll or c.model.width % c.model.heads):
         raise ValueError(
             f"config.model: unroll {c.model.unroll} must divide layers {c.model.layers}, and heads {c.model.heads} "
             f"must divide width {c.model.width}"
@@ -321,7 +325,7 @@ def _check(c: Config) -> None:
     buckets.local(c.data.dir, "config.data.dir")
     buckets.local(c.reference.store or "", "config.reference.store")
     longest = c.data.prompt_length + c.data.answer_length
-    if c.init.hf is None and longest > c.model.context_length:
+    if own_sizes and longest > c.model.context_length:
         raise ValueError(
             f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
             f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"

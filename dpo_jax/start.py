@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import flax.linen as nn
@@ -53,7 +52,7 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
             f"the tokenizer has {vocab_size} tokens and sequences have up to {longest} (config.data.prompt_length + "
             "config.data.answer_length): set config.data.tokenizer to the model's folder, or shorten the sequences"
         )
-    return pretrained.model(**settings, unroll=math.gcd(m.unroll, sizes["layers"]))
+    return pretrained.model(**settings, unroll=m.unroll)
 
 
 def start_params(config: Config, model: nn.Module, targets: Targets = on_host) -> Params:

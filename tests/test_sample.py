@@ -120,3 +120,15 @@ def test_a_model_that_is_too_small_for_the_data_is_refused(tmp_path: Path) -> No
         make_start_model(config, 64)
     with pytest.raises(ValueError, match="the tokenizer has 65 tokens"):
         make_start_model(config, 65)
+
+
+def test_layers_side_by_side_divide_those_of_the_model_that_is_read(run) -> None:
+    """Not those of config.model, whose sizes are not read then."""
+    from dpo_jax.start import make_start_model
+
+    _, start = run
+    config = tiny_run.make_config(start.parent, **{"init.hf": str(start), "model.layers": 5, "model.unroll": 2})
+    assert make_start_model(config, 64).config.unroll == 2
+    config = tiny_run.make_config(start.parent, **{"init.hf": str(start), "model.layers": 3, "model.unroll": 3})
+    with pytest.raises(ValueError, match="model.unroll is 3; expected a divisor of the model's 2 layers"):
+        make_start_model(config, 64)

@@ -90,6 +90,8 @@ class DecoderConfig:
             raise ValueError(f"model.width {self.width} is not a multiple of model.heads {self.heads}")
         if self.heads % (self.kv_heads or self.heads):
             raise ValueError(f"model.heads {self.heads} is not a multiple of model.kv_heads {self.kv_heads}")
+        if self.layers % self.unroll:
+            raise ValueError(f"model.unroll is {self.unroll}; expected a divisor of the model's {self.layers} layers")
         for name in ("windows", "rope_of_layer"):
             entries = getattr(self, name)
             if entries and len(entries) != self.layers:
