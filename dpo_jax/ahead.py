@@ -7,6 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from dpo_jax.allocator import give_back_free_pages
+
 T = TypeVar("T")
 
 
@@ -22,7 +24,7 @@ class Begun(Generic[T]):
 
 
 class Prepared:
-    """A compiled function whose program can be made before it is first called.
+    """A compiled function, whose program can be made before it is first called.
 
     Args:
       fn: what jit or pmap gave.
@@ -38,12 +40,18 @@ class Prepared:
         """Begins to compile, in a thread, for arguments like these; all calls must have such then."""
         if self._whole and self._program is None:
             pool = ThreadPoolExecutor(1, "compiler")
-            self._program = pool.submit(lambda: self._fn.lower(*args).compile())
+            self._program = pool.submit(self._compiled, *args)
             pool.shutdown(wait=False)
+
+    def _compiled(self, *args: Any) -> Callable[..., Any]:
+        program = self._fn.lower(*args).compile()
+        give_back_free_pages()
+        return program
 
     def lower(self, *args: Any) -> Any:
         """The program before it is compiled, for arrays or their shapes."""
         return self._fn.lower(*args)
 
     def __call__(self, *args: Any) -> Any:
+        self.prepare(*args)
         return (self._fn if self._program is None else self._program.result())(*args)

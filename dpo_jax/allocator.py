@@ -7,6 +7,7 @@ start (MALLOC_ARENA_MAX=1) would cost nothing, but tokenizers' threads then wait
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 
 # Parameters of mallopt(3). A buffer of a step then comes from the heap and goes back to it, and its pages stay mapped;
@@ -27,3 +28,12 @@ def keep_freed_pages() -> bool:
         return False
     granted = [mallopt(parameter, value) for parameter, value in _SETTINGS]
     return all(granted)
+
+
+def give_back_free_pages() -> None:
+    """Gives the system back, once, what is free between what is in use, where the C library can be asked.
+
+    A compiler leaves much of it, in pieces that are too small for a step's buffers.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -347,18 +347,33 @@ def _prepare(devices: Sequence[jax.Device]) -> None:
 def _on_each(tree: Any, devices: Sequence[jax.Device], axis: str) -> Any:
     """Copies on every device, [devices, …], laid out as programs over ``axis`` leave their results."""
     sharding = NamedSharding(Mesh(np.array(devices), (axis,)), PartitionSpec(axis))
+    leaves, structure = jax.tree.flatten(tree)
+    shapes = [(len(devices), *np.shape(leaf)) for leaf in leaves]
+    numbers = {i: leaf.flat[0] for i, leaf in enumerate(leaves) if _is_one_number(leaf)}
+    fill = jax.jit(lambda: {i: jnp.full(shapes[i], number) for i, number in numbers.items()}, out_shardings=sharding)
+    filled = fill() if numbers else {}
+    placed = [filled[i] if i in filled else _copied(leaf, shapes[i], sharding) for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, placed)
 
-    def place(array: Any) -> jax.Array:
-        library = jnp if isinstance(array, jax.Array) else np
-        copies = library.broadcast_to(array, (len(devices), *np.shape(array)))
-        placed = jax.device_put(copies, sharding, may_alias=False)  # steps write to what they are given
-        if library is jnp or devices[0].platform != "cpu":
-            return placed
-        # CPUs take numpy's memory as it lies all the same; a step, which cannot write to that, would copy it. One array
-        # after the other: copies are begun sooner than they are made, and all would lie in memory twice.
-        return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False))
 
-    return jax.tree.map(place, tree)
+def _is_one_number(leaf: Any) -> bool:
+    """Whether numpy broadcasts one number: it is filled in where it is to lie, without a whole array on the way."""
+    return isinstance(leaf, np.ndarray) and leaf.size > 1 and not any(leaf.strides)
+
+
+def _copied(array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """A copy of an array in devices' own memory: steps write to what they are given."""
+    if isinstance(array, jax.Array):
+        return jax.device_put(jnp.broadcast_to(array, shape), sharding, may_alias=False)
+    # One array after the other: copies are begun sooner than they are made, and what they are made of would pile up.
+    placed = jax.block_until_ready(jax.device_put(np.broadcast_to(array, shape), sharding, may_alias=False))
+    return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False)) if _lent(placed, array) else placed
+
+
+def _lent(placed: jax.Array, array: Any) -> bool:
+    """Whether the memory is numpy's: CPUs take it where it is aligned, whatever they are told; a step would copy it."""
+    part = placed.addressable_data(0)
+    return next(iter(part.devices())).platform == "cpu" and part.unsafe_buffer_pointer() == np.asarray(array).ctypes.data
 
 
 def copied(tree: Any) -> Any:

@@ -55,6 +55,18 @@ def test_what_lies_on_a_device_is_its_own() -> None:
     assert placed.addressable_data(0).unsafe_buffer_pointer() != aligned.ctypes.data
 
 
+def test_one_number_in_every_place_is_filled_in() -> None:
+    """As often as it stands in the tree, each in memory of its own."""
+    parallel, zeros = DataParallel(jax.devices()[:2]), np.broadcast_to(np.float32(3), (4, 5))
+    placed = parallel.replicate({"mean": zeros, "variance": zeros, "step": np.int32(7)})
+    places = {part.data.unsafe_buffer_pointer() for a in placed.values() for part in a.addressable_shards}
+    assert len(places) == 6
+    whole = parallel.replicate(np.array(zeros))
+    assert placed["mean"].sharding == whole.sharding and placed["mean"].dtype == whole.dtype
+    for name in ("mean", "variance"):
+        np.testing.assert_array_equal(placed[name], whole)
+
+
 def test_a_tree_survives_the_devices() -> None:
     parallel = DataParallel(jax.devices()[:4])
     tree = {"a": np.arange(3), "b": None, "c": np.float32(1.5)}
