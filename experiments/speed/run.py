@@ -72,12 +72,14 @@ class Variant:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def ours(layout: str, dtype: str, reference: str) -> Variant:
-    """One of our own variants."""
+def ours(layout: str, dtype: str, reference: str, devices: int = 1) -> Variant:
+    """One of our own variants; JAX makes of a processor as many devices as it is asked for."""
     names = {"step": "", "store": ", stored reference", "lora": ", LoRA rank 8"}
     passes = {"step": 4, "store": 3, "lora": None}[reference]
-    settings = {"layout": layout, "dtype": dtype, "reference": reference}
-    return Variant(f"{layout}{names[reference]}, {short(dtype)}", settings, passes, environment=MALLOC)
+    settings = {"layout": layout, "dtype": dtype, "reference": reference, "devices": devices}
+    where = "" if devices == 1 else f" on {devices} devices"
+    environment = MALLOC | {"JAX_NUM_CPU_DEVICES": str(devices)}
+    return Variant(f"{layout}{where}{names[reference]}, {short(dtype)}", settings, passes, environment=environment)
 
 
 def trl(bf16: bool, tuned: bool) -> Variant:
@@ -125,6 +127,7 @@ DEVICES = {
             ours("shared_prefix", "float32", "step"),
             ours("concatenated", "float32", "step"),
             ours("packed", "float32", "lora"),
+            ours("packed", "float32", "step", devices=2),
         ),
         "dense",
         False,
@@ -256,6 +259,15 @@ def make_random(folder: Path, shape: str, tokenizer_folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
+def choose(device: Device, only: Sequence[str], rows: int) -> list[Variant]:
+    """The variants of these names, or all, whose devices can split the rows of a step."""
+    named = [v for v in device.variants if not only or v.name in only]
+    chosen = [v for v in named if rows % v.settings.get("devices", 1) == 0]
+    if left_out := [v.name for v in named if v not in chosen]:
+        logging.info("Left out, for steps of %d rows: %s", rows, "; ".join(left_out))
+    return chosen
+
+
 def grouped(device: Device, chosen: Sequence[Variant], together: int) -> list[list[Variant]]:
     """Who takes turns with whom: ``together`` variants, the base one of them; or each of them and the base alone."""
     if together == 1:
@@ -305,7 +317,7 @@ def main(_: Sequence[str]) -> None:
         "unroll": options.unroll,
         "cache": options.programs,
     }
-    chosen = [v for v in device.variants if not options.only or v.name in options.only]
+    chosen = choose(device, options.only, options.rows)
     groups = [[v for v in chosen if not v.peer]] if options.no_trl else grouped(device, chosen, options.together)
     trl_python = "" if options.no_trl else options.trl_python or trl_environment(out / "trl_environment")
     config = open_pretrained(model).model().config
