@@ -373,7 +373,8 @@ def _copied(array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> jax.
 def _lent(placed: jax.Array, array: Any) -> bool:
     """Whether the memory is numpy's: CPUs take it where it is aligned, whatever they are told; a step would copy it."""
     part = placed.addressable_data(0)
-    return next(iter(part.devices())).platform == "cpu" and part.unsafe_buffer_pointer() == np.asarray(array).ctypes.data
+    on_cpu = next(iter(part.devices())).platform == "cpu"
+    return on_cpu and part.unsafe_buffer_pointer() == np.asarray(array).ctypes.data
 
 
 def copied(tree: Any) -> Any:

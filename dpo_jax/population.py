@@ -135,12 +135,14 @@ class _Together:
             "each against a reference of its own" if common is None else "all against one reference",
         )
         micro = first.config.train.micro_batches
+        # Decided by all who began: whoever goes on alone, after a restart, goes on in the program that he began in.
+        alike = len({json.dumps(self._trainers[name].pipeline.fingerprint()) for name in names}) == 1
         with Progress(None, f"{len(names)} runs", unit="step") as progress:
             while self._requests:
                 read = {name: batch for name, (_, batch) in self._requests.items()}
                 some = next(iter(read.values()))
                 batches = [read.get(name, some) for name in names]
-                same = all(batch is some for batch in batches)
+                same = alike and all(batch is some for batch in batches)
                 rows = together.batches(batches[:1] if same else batches, micro)
                 carry, metrics = step(carry, reference, rows, hyper, same)
                 numbers = _Numbers(together, metrics)
