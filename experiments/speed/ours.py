@@ -51,7 +51,6 @@ class Settings:
       unroll: layers compiled side by side.
       cache: folder of compiled programs; None compiles anew.
       loss: a loss of the family.
-      devices: that the rows of a step are split over.
     """
 
     model: str
@@ -66,7 +65,6 @@ class Settings:
     unroll: int = 1
     cache: str | None = None
     loss: str = "dpo"
-    devices: int = 1
 
 
 class Worker:
@@ -78,7 +76,7 @@ class Worker:
         model = pretrained.model(
             dtype=jnp.dtype(settings.dtype), remat=settings.remat, unroll=settings.unroll, attention=settings.attention
         )
-        self.parallel = DataParallel(jax.local_devices()[: settings.devices])
+        self.parallel = DataParallel(jax.local_devices()[:1])
         examples = work.load(Path(settings.batches))
         objective, numbers = make_objective(settings.loss, {"beta": 0.1} if settings.loss == "dpo" else {})
         self.objective = objective
@@ -219,7 +217,7 @@ def serve(settings: Settings) -> None:
         positions=positions,
         reference_seconds=worker.reference_seconds,
         device=jax.local_devices()[0].device_kind,
-        device_flops=peak_flops(worker.parallel.devices),
+        device_flops=peak_flops(jax.local_devices()[:1]),
     )
     for line in sys.stdin:
         if line.startswith("rate"):

@@ -72,14 +72,12 @@ class Variant:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def ours(layout: str, dtype: str, reference: str, devices: int = 1) -> Variant:
-    """One of our own variants; JAX makes of a processor as many devices as it is asked for."""
+def ours(layout: str, dtype: str, reference: str) -> Variant:
+    """One of our own variants."""
     names = {"step": "", "store": ", stored reference", "lora": ", LoRA rank 8"}
     passes = {"step": 4, "store": 3, "lora": None}[reference]
-    settings = {"layout": layout, "dtype": dtype, "reference": reference, "devices": devices}
-    where = "" if devices == 1 else f" on {devices} devices"
-    environment = MALLOC | {"JAX_NUM_CPU_DEVICES": str(devices)}
-    return Variant(f"{layout}{where}{names[reference]}, {short(dtype)}", settings, passes, environment=environment)
+    settings = {"layout": layout, "dtype": dtype, "reference": reference}
+    return Variant(f"{layout}{names[reference]}, {short(dtype)}", settings, passes, environment=MALLOC)
 
 
 def trl(bf16: bool, tuned: bool) -> Variant:
@@ -127,7 +125,6 @@ DEVICES = {
             ours("shared_prefix", "float32", "step"),
             ours("concatenated", "float32", "step"),
             ours("packed", "float32", "lora"),
-            ours("packed", "float32", "step", devices=2),
         ),
         "dense",
         False,
@@ -259,15 +256,6 @@ def make_random(folder: Path, shape: str, tokenizer_folder: str) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def choose(device: Device, only: Sequence[str], rows: int) -> list[Variant]:
-    """The variants of these names, or all, whose devices can split the rows of a step."""
-    named = [v for v in device.variants if not only or v.name in only]
-    chosen = [v for v in named if rows % v.settings.get("devices", 1) == 0]
-    if left_out := [v.name for v in named if v not in chosen]:
-        logging.info("Left out, for steps of %d rows: %s", rows, "; ".join(left_out))
-    return chosen
-
-
 def grouped(device: Device, chosen: Sequence[Variant], together: int) -> list[list[Variant]]:
     """Who takes turns with whom: ``together`` variants, the base one of them; or each of them and the base alone."""
     if together == 1:
@@ -317,7 +305,7 @@ def main(_: Sequence[str]) -> None:
         "unroll": options.unroll,
         "cache": options.programs,
     }
-    chosen = choose(device, options.only, options.rows)
+    chosen = [v for v in device.variants if not options.only or v.name in options.only]
     groups = [[v for v in chosen if not v.peer]] if options.no_trl else grouped(device, chosen, options.together)
     trl_python = "" if options.no_trl else options.trl_python or trl_environment(out / "trl_environment")
     config = open_pretrained(model).model().config
