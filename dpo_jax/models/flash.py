@@ -102,7 +102,7 @@ def _backward(blocks: int, cap: float | None, saved: tuple, dout_RKGLE: Array) -
         scores = _scores(q_RKGLE, k_RKLE, i, j, blocks, cap)
         queries, dout = (_part(a, i, blocks, 3) for a in (q_RKGLE, dout_RKGLE))
         keys, values = (_part(a, j, blocks, 2) for a in (k_RKLE, v_RKLE))
-        # Masked inside of the exponential: outside, CPUs read the mask anew, transposed, for the gradient of the values.
+        # Masked inside of the exponential: outside, CPUs read the mask once more, transposed, for the values' gradient.
         rise = scores - _part(normalizer, i, blocks, 3)
         weights = jnp.exp(jnp.where(_mask(mask_RLL, i, j, blocks), rise, -jnp.inf))
         dweights = _wide("rkgqe,rkte->rkgqt", dout, values)
