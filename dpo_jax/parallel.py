@@ -347,13 +347,13 @@ def _prepare(devices: Sequence[jax.Device]) -> None:
 def _on_each(tree: Any, devices: Sequence[jax.Device], axis: str) -> Any:
     """Copies on every device, [devices, …], laid out as programs over ``axis`` leave their results."""
     sharding = NamedSharding(Mesh(np.array(devices), (axis,)), PartitionSpec(axis))
-    leaves, structure = jax.tree.flatten(tree)
-    shapes = [(len(devices), *np.shape(leaf)) for leaf in leaves]
-    numbers = {i: leaf.flat[0] for i, leaf in enumerate(leaves) if _is_one_number(leaf)}
-    fill = jax.jit(lambda: {i: jnp.full(shapes[i], number) for i, number in numbers.items()}, out_shardings=sharding)
-    filled = fill() if numbers else {}
-    placed = [filled[i] if i in filled else _copied(leaf, shapes[i], sharding) for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, placed)
+    fill = jax.jit(jnp.full, static_argnums=0, out_shardings=sharding)
+
+    def place(leaf: Any) -> jax.Array:
+        shape = (len(devices), *np.shape(leaf))
+        return fill(shape, leaf.flat[0]) if _is_one_number(leaf) else _copied(leaf, shape, sharding)
+
+    return jax.tree.map(place, tree)
 
 
 def _is_one_number(leaf: Any) -> bool:
@@ -363,18 +363,15 @@ def _is_one_number(leaf: Any) -> bool:
 
 def _copied(array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
     """A copy of an array in devices' own memory: steps write to what they are given."""
-    if isinstance(array, jax.Array):
-        return jax.device_put(jnp.broadcast_to(array, shape), sharding, may_alias=False)
-    # One array after the other: copies are begun sooner than they are made, and what they are made of would pile up.
-    placed = jax.block_until_ready(jax.device_put(np.broadcast_to(array, shape), sharding, may_alias=False))
-    return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False)) if _lent(placed, array) else placed
-
-
-def _lent(placed: jax.Array, array: Any) -> bool:
-    """Whether the memory is numpy's: CPUs take it where it is aligned, whatever they are told; a step would copy it."""
-    part = placed.addressable_data(0)
-    on_cpu = next(iter(part.devices())).platform == "cpu"
-    return on_cpu and part.unsafe_buffer_pointer() == np.asarray(array).ctypes.data
+    library = jnp if isinstance(array, jax.Array) else np
+    placed = jax.device_put(library.broadcast_to(array, shape), sharding, may_alias=False)
+    if library is jnp or sharding.mesh.devices.flat[0].platform != "cpu":
+        return placed
+    # CPUs take numpy's memory as it lies all the same where it is aligned; a step, which cannot write to that, would
+    # copy it. One array after the other: copies are begun sooner than they are made, and would lie in memory twice.
+    jax.block_until_ready(placed)
+    lent = placed.addressable_data(0).unsafe_buffer_pointer() == np.asarray(array).ctypes.data
+    return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False)) if lent else placed
 
 
 def copied(tree: Any) -> Any:

@@ -37,11 +37,12 @@ def test_memory_that_was_freed_is_there_again_without_page_faults() -> None:
 
 
 HOLES = """
+import resource
 import numpy as np
 from dpo_jax.allocator import give_back_free_pages, keep_freed_pages
 
 def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * 4096 / 2**20
+    return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize() / 2**20
 
 keep_freed_pages()
 pieces = [np.ones(2**17) for _ in range(128)]  # a MiB each
