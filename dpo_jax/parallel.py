@@ -363,14 +363,16 @@ def _is_one_number(leaf: Any) -> bool:
 
 def _copied(array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
     """A copy of an array in devices' own memory: steps write to what they are given."""
-    library = jnp if isinstance(array, jax.Array) else np
-    placed = jax.device_put(library.broadcast_to(array, shape), sharding, may_alias=False)
-    if library is jnp or sharding.mesh.devices.flat[0].platform != "cpu":
+    if isinstance(array, jax.Array):
+        return jax.device_put(jnp.broadcast_to(array, shape), sharding, may_alias=False)
+    array = np.asarray(array)  # once: each time, a number that is no array would lie somewhere else
+    placed = jax.device_put(np.broadcast_to(array, shape), sharding, may_alias=False)
+    if sharding.mesh.devices.flat[0].platform != "cpu":
         return placed
     # CPUs take numpy's memory as it lies all the same where it is aligned; a step, which cannot write to that, would
     # copy it. One array after the other: copies are begun sooner than they are made, and would lie in memory twice.
     jax.block_until_ready(placed)
-    lent = placed.addressable_data(0).unsafe_buffer_pointer() == np.asarray(array).ctypes.data
+    lent = placed.addressable_data(0).unsafe_buffer_pointer() == array.ctypes.data
     return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False)) if lent else placed
 
 

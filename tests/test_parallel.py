@@ -55,6 +55,12 @@ def test_what_lies_on_a_device_is_its_own() -> None:
     assert placed.addressable_data(0).unsafe_buffer_pointer() != aligned.ctypes.data
 
 
+def test_numbers_on_devices_are_their_own() -> None:
+    """One of four that numpy makes an array of is aligned."""
+    placed = DataParallel(jax.devices()[:2]).replicate([np.int32(i) for i in range(100)])
+    assert len({part.data.unsafe_buffer_pointer() for a in placed for part in a.addressable_shards}) == 200
+
+
 def test_one_number_in_every_place_is_filled_in() -> None:
     """As often as it stands in the tree, each in memory of its own."""
     parallel, zeros = DataParallel(jax.devices()[:2]), np.broadcast_to(np.float32(3), (4, 5))
