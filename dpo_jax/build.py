@@ -22,7 +22,7 @@ from dpo_jax.data.pipeline import Described, Pipeline, Source
 from dpo_jax.gradients import Scorer
 from dpo_jax.guards import Guarded, guard
 from dpo_jax.losses.objective import Objective, check_data
-from dpo_jax.models import logical_axes, param_shapes, triton
+from dpo_jax.models import as_read, logical_axes, param_shapes, triton
 from dpo_jax.models.sight import LONGEST
 from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
@@ -37,7 +37,7 @@ from dpo_jax.types import Params
 class Parts:
     """What a config stands for, built: everything but the data and the parameters.
 
-    The model has adapters where adapters are trained.
+    The model has adapters where adapters are trained; the reference may follow the policy (``reference.sync_every``).
     """
 
     model: nn.Module
@@ -45,6 +45,7 @@ class Parts:
     hyper: Hyper
     optimizer: AdamW
     shape: Shape
+    reference_moves: bool
 
 
 def build(config: Config, *, vocab_size: int, answers: int, platform: str | None = None) -> Parts:
@@ -86,6 +87,7 @@ def build(config: Config, *, vocab_size: int, answers: int, platform: str | None
             with_reference=config.reference.store is not None,
             prompt_answers=config.data.prompt_answers,
         ),
+        reference_moves=config.reference.sync_every is not None,
     )
 
 
@@ -288,7 +290,7 @@ def _check_example(example: Example, shape: Shape, vocab_size: int) -> None:
 def state_shapes(parts: Parts) -> TrainState:
     """Shapes of the whole training state; nothing is computed."""
     base, adapters = lora.split(param_shapes(parts.model))
-    return jax.eval_shape(lambda p, a: _state(parts, p, _reference(parts, p), a), base, adapters)
+    return jax.eval_shape(lambda p, a: _state(parts, p, reference_of(parts, p), a), base, adapters)
 
 
 def fresh_state(parts: Parts, params: Params, adapters: Params | None = None) -> TrainState:
@@ -300,7 +302,7 @@ def fresh_state(parts: Parts, params: Params, adapters: Params | None = None) ->
       adapters: what is trained, of a model with adapters: ``params`` is their base then and the reference, and is not
         copied. Otherwise ``params`` is what is trained, and the reference a copy, where the steps read one.
     """
-    reference = _reference(parts, params)
+    reference = reference_of(parts, params)
     if not is_adapted(parts):
         # A copy: the policy's buffers are reused by every step, the reference's stay.
         reference = copied(reference)
@@ -323,10 +325,13 @@ def _state(parts: Parts, params: Params, reference: Params | None, adapters: Par
     return dataclasses.replace(init_state(parts.objective, parts.optimizer, adapters, None), reference=reference)
 
 
-def _reference(parts: Parts, params: Params) -> Params | None:
-    """Those of the parameters that the steps keep as a reference: none when its log-probabilities are stored, unless
-    adapters stand on it."""
-    return None if parts.shape.with_reference and not is_adapted(parts) else params
+def reference_of(parts: Parts, params: Params) -> Params | None:
+    """What the steps keep of the parameters: the base of adapters, or a reference that they score. One that does not
+    move is only read."""
+    scores = parts.objective.needs_reference and not parts.shape.with_reference
+    if not (is_adapted(parts) or scores):
+        return None
+    return params if parts.reference_moves else as_read(parts.model, params)
 
 
 def guarded(state: TrainState, skipped: int) -> Guarded:

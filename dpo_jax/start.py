@@ -136,7 +136,7 @@ def _merged(workdir: Path, saved: Saved, vocab_size: int) -> Params:
     config = read_config(workdir)
     model = make_start_model(config, vocab_size)
     base = start_params(config, model)
-    found, expected = hash_tree(base), saved.meta["reference"]
+    found, expected = hash_tree(base), saved.meta["start"]
     if found != expected:
         raise ValueError(
             f"{config.init.run or config.init.hf} (the base of {workdir}) holds other parameters than when adapters "

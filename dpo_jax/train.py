@@ -26,6 +26,7 @@ from dpo_jax.build import (
     guarded,
     guarded_step,
     is_adapted,
+    reference_of,
     state_shapes,
     without_base,
 )
@@ -326,7 +327,7 @@ class Trainer(OpenedRun):
         state, meta = restored
         self.start_hash, self._reference_hash = meta["start"], meta["reference"]
         if is_adapted(self.parts):
-            state = dataclasses.replace(state, reference=self.start_params())
+            state = dataclasses.replace(state, reference=reference_of(self.parts, self.start_params()))
         self._check_reference(state, checkpoints)
         return state, meta["memory"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import jax
+import numpy as np
 import pytest
 
 from dpo_jax import build as builders
@@ -9,6 +11,7 @@ from dpo_jax.build import check_examples, with_attention
 from dpo_jax.data.layouts import Shape
 from dpo_jax.data.prepared import PreparedExamples
 from dpo_jax.models import make_model
+from dpo_jax.trees import named_leaves
 from dpo_jax.types import CHOSEN, REJECTED
 from tests import tiny_run
 
@@ -76,3 +79,12 @@ def test_attention_is_by_a_kernel_where_there_is_one(platform, changes, model, e
             with_attention(module, config, platform)
     else:
         assert with_attention(module, config, platform).config.attention == expected
+
+
+@pytest.mark.parametrize(("sync_every", "dtype"), [(None, np.uint16), (3, np.float32)])
+def test_only_a_reference_that_stands_still_is_kept_in_half_precision(sync_every, dtype, tmp_path) -> None:
+    config = tiny_run.make_config(tmp_path, **{"model.dtype": "bfloat16", "reference.sync_every": sync_every})
+    state = builders.state_shapes(builders.build(config, vocab_size=50, answers=2))
+    kernels = [leaf.dtype for name, leaf in named_leaves(state.reference).items() if name.endswith("kernel")]
+    assert kernels and set(kernels) == {np.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}

@@ -27,6 +27,7 @@ VARIANTS = {
     "tr_dpo": {"loss.name": "dpo", "reference.sync_every": 3},
     "beta_dpo": {"loss.name": "beta_dpo"},  # remembers a running mean
     "kto": {"loss.name": "kto"},
+    "bf16": {"loss.name": "dpo", "model.dtype": "bfloat16"},  # whose reference is kept in half precision
 }
 
 

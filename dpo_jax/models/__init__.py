@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from dpo_jax.models.gemma import Gemma2, Gemma2Config, Gemma3, Gemma3Config
 from dpo_jax.models.gpt2 import Gpt2, Gpt2Config
+from dpo_jax.models.layers import KERNEL
 from dpo_jax.models.llama import Llama, LlamaConfig
 from dpo_jax.models.mistral import Mistral, MistralConfig
 from dpo_jax.models.neox import NeoX, NeoXConfig
@@ -61,6 +62,20 @@ def rolled(model: nn.Module) -> nn.Module:
 def unrolled(model: nn.Module) -> nn.Module:
     """The same model for programs that read a cache, whose layers lie apart."""
     return model.clone(config=dataclasses.replace(model.config, unroll=model.config.layers))
+
+
+def as_read(model: nn.Module, params: Params) -> Params:
+    """Parameters that are never written: kernels of linear layers as a half-precision model's products read them.
+
+    The model computes the same numbers from them, in half of the memory, and rounds nothing anew at every step. They
+    lie as bits (uint16): to read one layer's half precision, CPUs widen that of all layers.
+    """
+    dtype = jnp.dtype(model.config.dtype)
+
+    def narrow(path: Any, leaf: Any) -> Any:
+        return leaf.astype(dtype).view(jnp.uint16) if path[-1].key == KERNEL and dtype.itemsize == 2 else leaf
+
+    return jax.tree_util.tree_map_with_path(narrow, params)
 
 
 def init_params(model: nn.Module, key: jax.Array) -> Params:

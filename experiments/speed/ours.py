@@ -25,7 +25,7 @@ from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows, split_targets
 from dpo_jax.data.pipeline import mismatch, mismatched_shape
 from dpo_jax.logprobs import target_scores
 from dpo_jax.losses.objective import make_objective
-from dpo_jax.models import param_shapes
+from dpo_jax.models import as_read, param_shapes
 from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel
 from dpo_jax.state import Hyper, StepConfig, TrainState
@@ -155,11 +155,11 @@ def _state(
 ) -> tuple[Any, TrainState]:
     """The model that is trained, and its first state on the device."""
     params = read()
-    trained, frozen = params, params if reference == "step" else None
+    trained, frozen = params, as_read(model, params) if reference != "store" else None
     if reference == "lora":
         model = lora.with_adapter(model, lora.Adapter(".*", rank=8, alpha=16.0))
         shapes = lora.split(param_shapes(model))[1]
-        trained, frozen = lora.fresh(shapes, seed=0), params
+        trained = lora.fresh(shapes, seed=0)
     placed, frozen = parallel.replicate((trained, frozen))
     moments = optimizer.init(trained)
     del params, trained  # the moments lie where these lay

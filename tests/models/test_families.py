@@ -10,7 +10,7 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.data.layouts import LAYOUTS, Shape, concatenated, shared_prefix
-from dpo_jax.models import FAMILIES, init_params, make_model, param_shapes
+from dpo_jax.models import FAMILIES, as_read, init_params, make_model, param_shapes
 from dpo_jax.models.config import REMAT
 from dpo_jax.models.layers import keepable, product
 from dpo_jax.models.rope import Rope
@@ -140,6 +140,22 @@ def test_dtypes_are_what_the_config_says(family: str) -> None:
     assert {leaf.dtype for leaf in named_leaves(params).values()} == {np.dtype(np.float32)}
     assert jax.eval_shape(half.apply, {"params": params}, *_inputs())[0].dtype == jnp.bfloat16
     assert half.empty_cache(1, 3).key[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_only_read_takes_half_of_the_memory_and_gives_the_same_bits(family: str) -> None:
+    shape = Shape(2, 5, 6)
+    batch = concatenated(random_examples(4, shape), shape)
+    model = _tiny(family, dtype=jnp.bfloat16, output_dtype=jnp.float32)
+    params = tiny_params(model)
+    read = as_read(model, params)
+    kernels = {name for name, leaf in named_leaves(read).items() if leaf.dtype == np.uint16}
+    assert kernels == {name for name in named_leaves(params) if name.endswith("/kernel")} != set()
+    expected = jit_score(model, params, batch, (2, 1), 64)
+    for form in (read, as_read(model, jax.tree.map(jnp.asarray, params))):
+        jax.tree.map(np.testing.assert_array_equal, jit_score(model, form, batch, (2, 1), 64), expected)
+    wide = _tiny(family)
+    assert all(a is b for a, b in zip(*map(jax.tree.leaves, (as_read(wide, params), params)), strict=True))
 
 
 def test_bf16_begins_with_a_margin_of_exactly_0() -> None:
