@@ -2,7 +2,8 @@
 
 Each member is a run as any other (``train.Trainer.work``): it reads its own batches, writes its own folder, is
 evaluated and saved on its own. Only its step is computed together with those of the others, by one vmapped program on
-each device. Members may stand at different steps, as they do after a kill; one that fails leaves the others alone.
+each device. Members may stand at different steps, as they do after a kill: those with the same batches wait for those
+behind, so that the program stays the same. One that fails leaves the others alone.
 """
 
 from __future__ import annotations
@@ -123,7 +124,8 @@ class _Together:
             ("population step", *key),
             lambda: together.train_step(_member_step(guarded_step(first.config, first.parts, first.steps, Axis()))),
         )
-        carry = together.stack([place.on_host if common is None else _bare(place.on_host) for place in places])
+        started = [place.on_host if common is None else _bare(place.on_host) for place in places]
+        carry = together.stack(started)
         hyper = together.stack([self._trainers[name].parts.hyper for name in names])
         reference = together.replicate(common)
         for seat, place in enumerate(places):
@@ -136,23 +138,33 @@ class _Together:
         )
         micro = first.config.train.micro_batches
         # Decided by all who began: whoever goes on alone, after a restart, goes on in the program that he began in.
-        alike = len({json.dumps(self._trainers[name].pipeline.fingerprint()) for name in names}) == 1
+        same = len({json.dumps(self._trainers[name].pipeline.fingerprint()) for name in names}) == 1
+        taken = {name: int(place.on_host.state.step) for name, place in zip(names, places, strict=True)}
+        waited: set[str] = set()
         with Progress(None, f"{len(names)} runs", unit="step") as progress:
             while self._requests:
-                read = {name: batch for name, (_, batch) in self._requests.items()}
+                moving = self._moving(taken, same)
+                if waited & moving:  # others' steps have gone through their seats
+                    now = [together.member(carry, seat) for seat in range(len(names))]
+                    carry = together.stack([started[i] if n in waited else now[i] for i, n in enumerate(names)])
+                waited = self._requests.keys() - moving
+                read = {name: self._requests[name][1] for name in moving}
                 some = next(iter(read.values()))
-                batches = [read.get(name, some) for name in names]
-                same = alike and all(batch is some for batch in batches)
-                rows = together.batches(batches[:1] if same else batches, micro)
+                rows = together.batches([some] if same else [read.get(name, some) for name in names], micro)
                 carry, metrics = step(carry, reference, rows, hyper, same)
                 numbers = _Numbers(together, metrics)
                 self._latch.value = self._stop.agreed()
                 for seat, name in enumerate(names):
-                    if name in self._requests:
+                    if name in moving:
                         place, _ = self._requests.pop(name)
-                        place.carry = carry
+                        place.carry, taken[name] = carry, taken[name] + 1
                         self._advance(name, works[name], (place, (numbers, seat)))
                 progress.update()
+
+    def _moving(self, taken: Mapping[str, int], same: bool) -> set[str]:
+        """Who takes the next step: all; of members with the same batches, those that are behind."""
+        behind = min(taken[name] for name in self._requests)
+        return {name for name in self._requests if not same or taken[name] == behind}
 
     def _advance(self, name: str, work: Work, reply: Any) -> None:
         """Lets a member go on until it asks for its next step, or ends."""

@@ -117,6 +117,18 @@ def test_members_are_spread_over_devices_and_share_batch_and_reference(data: Pat
     for beta in ("0.05", "1"):
         expected = [row for row in rows(solo, f"beta={beta},seed=0") if row["step"]]
         assert_close(rows(tmp_path, f"beta={beta}"), expected, "train/")
+    # As after a kill between the saves of two members: the others wait for the one that is behind.
+    calls = iter(range(100))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(StopRequest, "agreed", lambda _: next(calls) == 6)
+        with pytest.raises(Stopped):
+            sweep.run(runs, tmp_path / "again", together=8, shared=shared)
+    (tmp_path / "again" / "runs" / "beta=0.3" / "checkpoints" / "7").rename(tmp_path / "lost")
+    assert sweep.run(runs, tmp_path / "again", together=8, shared=shared) == {}
+    assert traces == [{"one batch": 1}]
+    for name in (run.name for run in runs):
+        again = tiny_run.results(tmp_path / "again" / "runs" / name)
+        assert again == tiny_run.results(tmp_path / "runs" / name)
     own, alone = (tiny_run.results(f / "runs" / n).keys() for f, n in ((tmp_path, "beta=1"), (solo, "beta=1,seed=0")))
     assert {key for key in own if key.startswith("10/")} == {key for key in alone if key.startswith("10/")}
 
