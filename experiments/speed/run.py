@@ -72,12 +72,14 @@ class Variant:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def ours(layout: str, dtype: str, reference: str) -> Variant:
-    """One of our own variants."""
+def ours(layout: str, dtype: str, reference: str, remat: str | None = None) -> Variant:
+    """One of our own variants; ``remat`` stands in the place of the flag of that name."""
     names = {"step": "", "store": ", stored reference", "lora": ", LoRA rank 8"}
     passes = {"step": 4, "store": 3, "lora": None}[reference]
     settings = {"layout": layout, "dtype": dtype, "reference": reference}
-    return Variant(f"{layout}{names[reference]}, {short(dtype)}", settings, passes, environment=MALLOC)
+    kept = {} if remat is None else {"remat": remat}
+    name = f"{layout}{names[reference]}{''.join(f', remat {r}' for r in kept.values())}, {short(dtype)}"
+    return Variant(name, settings | kept, passes, environment=MALLOC)
 
 
 def trl(bf16: bool, tuned: bool) -> Variant:
@@ -118,6 +120,7 @@ DEVICES = {
             ours("packed", "float32", "step"),
             trl(bf16=False, tuned=True),
             ours("packed", "float32", "store"),
+            ours("packed", "float32", "step", remat="attention"),
             ours("packed", "bfloat16", "step"),
             trl(bf16=True, tuned=False),
             trl(bf16=True, tuned=True),
