@@ -124,8 +124,8 @@ class _Together:
             ("population step", *key),
             lambda: together.train_step(_member_step(guarded_step(first.config, first.parts, first.steps, Axis()))),
         )
-        started = [place.on_host if common is None else _bare(place.on_host) for place in places]
-        carry = together.stack(started)
+        own = (lambda place: place.on_host) if common is None else (lambda place: _bare(place.on_host))
+        carry = together.stack([own(place) for place in places])
         hyper = together.stack([self._trainers[name].parts.hyper for name in names])
         reference = together.replicate(common)
         for seat, place in enumerate(places):
@@ -145,8 +145,8 @@ class _Together:
             while self._requests:
                 moving = self._moving(taken, same)
                 if waited & moving:  # others' steps have gone through their seats
-                    now = [together.member(carry, seat) for seat in range(len(names))]
-                    carry = together.stack([started[i] if n in waited else now[i] for i, n in enumerate(names)])
+                    seats = zip(names, places, range(len(names)), strict=True)
+                    carry = together.stack([own(p) if n in waited else together.member(carry, s) for n, p, s in seats])
                 waited = self._requests.keys() - moving
                 read = {name: self._requests[name][1] for name in moving}
                 some = next(iter(read.values()))
