@@ -320,9 +320,8 @@ def without_base(parts: Parts, state: TrainState) -> TrainState:
 
 
 def _state(parts: Parts, params: Params, reference: Params | None, adapters: Params | None) -> TrainState:
-    if not is_adapted(parts):
-        return init_state(parts.objective, parts.optimizer, params, reference)
-    return dataclasses.replace(init_state(parts.objective, parts.optimizer, adapters, None), reference=reference)
+    trained = adapters if is_adapted(parts) else params
+    return dataclasses.replace(init_state(parts.objective, parts.optimizer, trained, None), reference=reference)
 
 
 def reference_of(parts: Parts, params: Params) -> Params | None:

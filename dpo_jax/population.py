@@ -124,8 +124,7 @@ class _Together:
             ("population step", *key),
             lambda: together.train_step(_member_step(guarded_step(first.config, first.parts, first.steps, Axis()))),
         )
-        own = (lambda place: place.on_host) if common is None else (lambda place: _bare(place.on_host))
-        carry = together.stack([own(place) for place in places])
+        carry = together.stack([_own(place.on_host, common) for place in places])
         hyper = together.stack([self._trainers[name].parts.hyper for name in names])
         reference = together.replicate(common)
         for seat, place in enumerate(places):
@@ -146,7 +145,9 @@ class _Together:
                 moving = self._moving(taken, same)
                 if waited & moving:  # others' steps have gone through their seats
                     seats = zip(names, places, range(len(names)), strict=True)
-                    carry = together.stack([own(p) if n in waited else together.member(carry, s) for n, p, s in seats])
+                    carry = together.stack(
+                        [_own(p.on_host, common) if n in waited else together.member(carry, s) for n, p, s in seats]
+                    )
                 waited = self._requests.keys() - moving
                 read = {name: self._requests[name][1] for name in moving}
                 some = next(iter(read.values()))
@@ -253,6 +254,11 @@ def _common_reference(config: Config, states: list[Guarded]) -> Params | None:
 
 def _equal(a: Params | None, b: Params | None) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def _own(carry: Guarded, common: Params | None) -> Guarded:
+    """What a member has of its own: all but a reference that it has in common with others."""
+    return carry if common is None else _bare(carry)
 
 
 def _bare(carry: Guarded) -> Guarded:

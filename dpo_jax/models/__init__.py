@@ -17,7 +17,6 @@ import jax.numpy as jnp
 
 from dpo_jax.models.gemma import Gemma2, Gemma2Config, Gemma3, Gemma3Config
 from dpo_jax.models.gpt2 import Gpt2, Gpt2Config
-from dpo_jax.models.layers import KERNEL
 from dpo_jax.models.llama import Llama, LlamaConfig
 from dpo_jax.models.mistral import Mistral, MistralConfig
 from dpo_jax.models.neox import NeoX, NeoXConfig
@@ -71,9 +70,11 @@ def as_read(model: nn.Module, params: Params) -> Params:
     lie as bits (uint16): to read one layer's half precision, CPUs widen that of all layers.
     """
     dtype = jnp.dtype(model.config.dtype)
+    if dtype.itemsize > 2:
+        return params
 
     def narrow(path: Any, leaf: Any) -> Any:
-        return leaf.astype(dtype).view(jnp.uint16) if path[-1].key == KERNEL and dtype.itemsize == 2 else leaf
+        return leaf.astype(dtype).view(jnp.uint16) if path[-1].key == "kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 

@@ -17,8 +17,6 @@ from dpo_jax.models.config import DecoderConfig
 from dpo_jax.sharding import PARAMETERS, constrain
 from dpo_jax.types import Array
 
-KERNEL = "kernel"  # a linear layer's matrix, by the name that its parameter has
-
 
 @struct.dataclass
 class Cache:
@@ -261,7 +259,7 @@ class Dense(nn.Module):
         c = self.config
         init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5 if self.residual else 0.02)
         shape = (x.shape[-1], self.features)
-        kernel = self.param(KERNEL, nn.with_logical_partitioning(init, self.axes), shape, c.param_dtype)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, c.param_dtype)
         if kernel.dtype == jnp.uint16:  # of parameters ``as_read``
             kernel = jax.lax.bitcast_convert_type(kernel, c.dtype)
         kernel = constrain(kernel, *self.axes, rules=PARAMETERS)

@@ -77,9 +77,10 @@ def ours(layout: str, dtype: str, reference: str, remat: str | None = None) -> V
     names = {"step": "", "store": ", stored reference", "lora": ", LoRA rank 8"}
     passes = {"step": 4, "store": 3, "lora": None}[reference]
     settings = {"layout": layout, "dtype": dtype, "reference": reference}
-    kept = {} if remat is None else {"remat": remat}
-    name = f"{layout}{names[reference]}{''.join(f', remat {r}' for r in kept.values())}, {short(dtype)}"
-    return Variant(name, settings | kept, passes, environment=MALLOC)
+    name = f"{layout}{names[reference]}"
+    if remat is not None:
+        name, settings["remat"] = f"{name}, remat {remat}", remat
+    return Variant(f"{name}, {short(dtype)}", settings, passes, environment=MALLOC)
 
 
 def trl(bf16: bool, tuned: bool) -> Variant:
