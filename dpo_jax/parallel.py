@@ -240,7 +240,7 @@ class MeshParallel:
 
     def unreplicate(self, tree: Any) -> Any:
         """All parts put together, on the host."""
-        return jax.tree.map(lambda a: multihost_utils.process_allgather(a, tiled=True), tree)
+        return jax.tree.map(_whole, tree)
 
     def once(self, tree: Any) -> Any:
         """Each array once, to be saved: as it lies over the devices; nothing is moved."""
@@ -337,6 +337,12 @@ def _own_rows(mapped: jax.Array) -> np.ndarray:
     """What this process's devices have computed, joined in their order."""
     shards = sorted(mapped.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return np.concatenate([np.asarray(shard.data)[0] for shard in shards])
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """All parts put together. What each device holds whole is read as it is: to gather it, a program would stand in
+    line behind the next step, and whoever looks at a step's numbers would wait for that one."""
+    return np.asarray(array) if array.is_fully_replicated else multihost_utils.process_allgather(array, tiled=True)
 
 
 def _prepare(devices: Sequence[jax.Device]) -> None:

@@ -12,6 +12,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Result = TypeVar("Result")
 
@@ -83,9 +84,35 @@ def told_by_first(make: Callable[[], int]) -> int:
 
 def any_of(own: bool) -> bool:
     """Whether it is so in any process; all get the same answer."""
-    if jax.process_count() == 1:
-        return own
-    return bool(np.max(multihost_utils.process_allgather(np.int32(own))))
+    return own if jax.process_count() == 1 else _any(_told_by_all(own))
+
+
+class Poll:
+    """Asks all processes again and again whether it is so in any, without waiting for what the devices work on.
+
+    All get the same answers: where there are several, each time that to the question before.
+    """
+
+    def __init__(self) -> None:
+        self._asked: jax.Array | None = None
+
+    def __call__(self, own: bool) -> bool:
+        """Whether it was so in any process when last asked; in a run of one process, whether it is."""
+        if jax.process_count() == 1:
+            return own
+        before, self._asked = self._asked, _told_by_all(own)
+        return before is not None and _any(before)
+
+
+def _told_by_all(own: bool) -> jax.Array:
+    """bool [processes], what each says; on its way, behind what the devices are to do already."""
+    devices = Mesh(np.array(jax.devices()).reshape(jax.process_count(), -1), ("processes", "devices"))
+    said = multihost_utils.host_local_array_to_global_array(np.array([own]), devices, PartitionSpec("processes"))
+    return jax.device_put(said, NamedSharding(devices, PartitionSpec()))
+
+
+def _any(told: jax.Array) -> bool:
+    return bool(np.asarray(told.addressable_data(0)).any())
 
 
 @contextmanager

@@ -32,12 +32,15 @@ class StopRequest:
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._requested, self._poll = False, processes.Poll()
         self._before: dict[signal.Signals, Any] = {}
 
     def agreed(self) -> bool:
-        """Whether any process of the run was asked to stop; all of them get the same answer at the same step."""
-        return processes.any_of(self._requested)
+        """Whether any process of the run was asked to stop; all of them get the same answer at the same step.
+
+        Where there are several, a step later: no step waits for the answer.
+        """
+        return self._poll(self._requested)
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # no other thread may listen
@@ -55,7 +58,7 @@ class StopRequest:
             _say(f"{name} again: stopping at once; the run goes on from its last checkpoint")
             os._exit(128 + number)
         self._requested = True
-        _say(f"{name}: saving after this step, then stopping; once more to stop at once")
+        _say(f"{name}: saving after this step or the next, then stopping; once more to stop at once")
 
 
 def _say(text: str) -> None:

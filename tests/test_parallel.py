@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from dpo_jax import steps
 from dpo_jax.data.layouts import Shape
@@ -171,6 +172,14 @@ def test_a_loss_that_sees_the_whole_batch_gathers_numbers_only() -> None:
     sizes = re.findall(r"f32\[([\d,]*)\]\S* all-gather(?:-start)?\(", step.as_text())
     assert set(re.findall(COLLECTIVES, step.as_text())) == {"all-reduce", "all-gather"}
     assert sizes and all(np.prod([int(n) for n in size.split(",")]) <= 2 * ROWS for size in sizes), sizes
+
+
+def test_a_mesh_reads_what_all_devices_hold_without_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program would run after the next step, whose numbers nobody has asked for yet."""
+    parallel = _mesh(2, 2, 1)
+    number = parallel.replicate(np.float32(7))
+    monkeypatch.delattr(multihost_utils, "process_allgather")
+    assert parallel.unreplicate({"loss": number}) == {"loss": np.float32(7)}
 
 
 def test_a_mesh_hands_rows_out_in_order_and_back() -> None:

@@ -50,11 +50,20 @@ def test_one_process_is_the_first_and_waits_for_none() -> None:
 
 TOGETHER = """if True:
     import os, signal, sys, time
+    import jax, jax.numpy as jnp
     from dpo_jax import processes, reference
     from dpo_jax.stopping import StopRequest
     from tests.test_processes import EXAMPLE, IDENTITY
     index, port, root = int(sys.argv[1]), sys.argv[2], sys.argv[3]
     processes.start(f"localhost:{port}", 2, index)
+    work = jax.jit(lambda a: jax.lax.fori_loop(0, 400, lambda _, x: jnp.tanh(x @ a), a))
+    jax.block_until_ready(work(jnp.ones((600, 600))))
+    poll = processes.Poll()
+    heard = [poll(index == 1)]
+    processes.meet("asked")
+    busy = work(jnp.ones((600, 600)))
+    heard.append(poll(False))
+    print(heard, "ready" if busy.is_ready() else "at work")
     with StopRequest() as request:
         for step in range(100):
             if index == 1 and step == 3:
@@ -82,7 +91,7 @@ IDENTITY = dict.fromkeys(refstore.IDENTITY, "")
 
 
 def test_two_processes_agree(tmp_path: Path) -> None:
-    """On when to stop, on what has failed, and on the reference's stored log-probabilities."""
+    """On when to stop, without a wait for their devices; on what has failed, and on the reference's stored numbers."""
     logps = tuple(np.arange(len(answer.tokens), dtype=np.float32) for answer in EXAMPLE.answers)
     refstore.write_store(tmp_path, IDENTITY, [(EXAMPLE, logps)])
     port = str(_free_port())
@@ -90,8 +99,8 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     answers = [process.communicate(timeout=240) for process in pair]
     reasons = ["broken here", "another process of this run found it so; its log says more"]
     stored = str([values.tolist() for values in logps])
-    said = [out.splitlines()[-4:] for out, _ in answers]
-    assert said == [["stopped at 3", reason, stored, "True"] for reason in reasons], answers
+    said = [out.splitlines()[-5:] for out, _ in answers]
+    assert said == [["[False, True] at work", "stopped at 4", reason, stored, "True"] for reason in reasons], answers
 
 
 def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
 
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape, concatenated
-from dpo_jax.sampling import draw_token, keep_likeliest, make_sampler, row_draws
+from dpo_jax.sampling import draw_token, keep_likeliest, likeliest_token, make_sampler, row_draws
 from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params
 
 EOS = 2
@@ -148,6 +149,13 @@ def test_a_temperature_of_0_takes_the_likeliest_token(sampler) -> None:
     mask = np.tril(np.ones((1, length, length), bool))
     hidden, _ = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
     assert int(greedy.tokens_RT[0, 0]) == int(np.argmax(hidden[0, -1] @ params["token_embedding"].T))
+
+
+@pytest.mark.parametrize("vocab", [2, 128, 300, 4096])
+def test_the_likeliest_token_is_the_first_of_those_alike(vocab: int) -> None:
+    few = np.random.default_rng(vocab).integers(-5, 5, (50, vocab)).astype(np.float32)
+    few[0] = -np.inf
+    np.testing.assert_array_equal(jax.jit(likeliest_token)(few), jnp.argmax(few, axis=1))
 
 
 def test_only_the_likeliest_are_kept() -> None:
