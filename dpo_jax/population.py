@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,58 +114,16 @@ class _Together:
         return self._failed
 
     def _loop(self, works: Mapping[str, Work]) -> None:
-        names = list(self._requests)  # seats do not change: who ends before the others leaves his empty
-        first = self._trainers[names[0]]
-        places = [self._requests[name][0] for name in names]
-        common = _common_reference(first.config, [place.on_host for place in places])
-        key = (first.program, len(names), first.config.parallel)
-        together = first.shared.get(("population", *key), lambda: Population(len(names), first.parallel.devices))
-        step = first.shared.get(
-            ("population step", *key),
-            lambda: together.train_step(_member_step(guarded_step(first.config, first.parts, first.steps, Axis()))),
-        )
-        carry = together.stack([_own(place.on_host, common) for place in places])
-        hyper = together.stack([self._trainers[name].parts.hyper for name in names])
-        reference = together.replicate(common)
-        for seat, place in enumerate(places):
-            place.look = functools.partial(_look, together, seat, common)
-        logging.info(
-            "%d runs train together on %d device(s), %s",
-            len(names),
-            len(together.devices),
-            "each against a reference of its own" if common is None else "all against one reference",
-        )
-        micro = first.config.train.micro_batches
-        # Decided by all who began: whoever goes on alone, after a restart, goes on in the program that he began in.
-        same = len({json.dumps(self._trainers[name].pipeline.fingerprint()) for name in names}) == 1
-        taken = {name: int(place.on_host.state.step) for name, place in zip(names, places, strict=True)}
-        waited: set[str] = set()
-        with Progress(None, f"{len(names)} runs", unit="step") as progress:
+        table = _Table(self._trainers, {name: place for name, (place, _) in self._requests.items()})
+        with Progress(None, f"{len(self._requests)} runs", unit="step") as progress:
             while self._requests:
-                moving = self._moving(taken, same)
-                if waited & moving:  # others' steps have gone through their seats
-                    seats = zip(names, places, range(len(names)), strict=True)
-                    carry = together.stack(
-                        [_own(p.on_host, common) if n in waited else together.member(carry, s) for n, p, s in seats]
-                    )
-                waited = self._requests.keys() - moving
-                read = {name: self._requests[name][1] for name in moving}
-                some = next(iter(read.values()))
-                rows = together.batches([some] if same else [read.get(name, some) for name in names], micro)
-                carry, metrics = step(carry, reference, rows, hyper, same)
-                numbers = _Numbers(together, metrics)
+                moving = table.moving(self._requests)
+                numbers = table.step({name: self._requests[name][1] for name in moving}, self._requests.keys() - moving)
                 self._latch.value = self._stop.agreed()
-                for seat, name in enumerate(names):
-                    if name in moving:
-                        place, _ = self._requests.pop(name)
-                        place.carry, taken[name] = carry, taken[name] + 1
-                        self._advance(name, works[name], (place, (numbers, seat)))
+                for name in moving:
+                    place, _ = self._requests.pop(name)
+                    self._advance(name, works[name], (place, numbers[name]))
                 progress.update()
-
-    def _moving(self, taken: Mapping[str, int], same: bool) -> set[str]:
-        """Who takes the next step: all; of members with the same batches, those that are behind."""
-        behind = min(taken[name] for name in self._requests)
-        return {name for name in self._requests if not same or taken[name] == behind}
 
     def _advance(self, name: str, work: Work, reply: Any) -> None:
         """Lets a member go on until it asks for its next step, or ends."""
@@ -178,6 +136,76 @@ class _Together:
         except self._mistakes as error:
             self._failed[name] = error
             logging.error("%s failed: %s", name, error)
+
+
+class _Table:
+    """The members at their seats, and the program that steps them together.
+
+    Seats do not change: who ends before the others leaves his empty.
+
+    Args:
+      trainers: of the members, by name.
+      places: where the state of each lies, by name; in the order of their seats.
+    """
+
+    def __init__(self, trainers: Mapping[str, Trainer], places: Mapping[str, _Place]) -> None:
+        names, first = list(places), trainers[next(iter(places))]
+        self._seats, self._places = {name: seat for seat, name in enumerate(names)}, places
+        self._common = _common_reference(first.config, [place.on_host for place in places.values()])
+        key = (first.program, len(names), first.config.parallel)
+        self._together = first.shared.get(("population", *key), lambda: Population(len(names), first.parallel.devices))
+        self._step = first.shared.get(
+            ("population step", *key),
+            lambda: self._together.train_step(
+                _member_step(guarded_step(first.config, first.parts, first.steps, Axis()))
+            ),
+        )
+        self._micro_batches = first.config.train.micro_batches
+        # Decided by all who began: whoever goes on alone, after a restart, goes on in the program that he began in.
+        self._same = len({json.dumps(trainers[name].pipeline.fingerprint()) for name in names}) == 1
+        self._taken = {name: int(place.on_host.state.step) for name, place in places.items()}
+        self._waited: set[str] = set()
+        self._carry = self._together.stack([_own(place.on_host, self._common) for place in places.values()])
+        self._hyper = self._together.stack([trainers[name].parts.hyper for name in names])
+        self._reference = self._together.replicate(self._common)
+        for name, place in places.items():
+            place.look = functools.partial(_look, self._together, self._seats[name], self._common)
+        logging.info(
+            "%d runs train together on %d device(s), %s",
+            len(names),
+            len(self._together.devices),
+            "each against a reference of its own" if self._common is None else "all against one reference",
+        )
+
+    def moving(self, asking: Collection[str]) -> list[str]:
+        """Who takes the next step: all who ask; of members with the same batches, those that are behind."""
+        behind = min(self._taken[name] for name in asking)
+        return [name for name in self._seats if name in asking and (not self._same or self._taken[name] == behind)]
+
+    def step(self, batches: Mapping[str, PreferenceBatch], waiting: Collection[str]) -> dict[str, tuple[_Numbers, int]]:
+        """Steps the members whose batches are given, while others wait for them.
+
+        Returns:
+          What ``_Numbers.fetch`` finds the metrics of each by.
+        """
+        if self._waited & batches.keys():
+            self._carry = self._together.stack([self._own_state(name) for name in self._seats])
+        self._waited = set(waiting)
+        some = next(iter(batches.values()))
+        read = [some] if self._same else [batches.get(name, some) for name in self._seats]
+        rows = self._together.batches(read, self._micro_batches)
+        self._carry, metrics = self._step(self._carry, self._reference, rows, self._hyper, self._same)
+        for name in batches:
+            self._places[name].carry = self._carry
+            self._taken[name] += 1
+        numbers = _Numbers(self._together, metrics)
+        return {name: (numbers, self._seats[name]) for name in batches}
+
+    def _own_state(self, name: str) -> Guarded:
+        """Of one who has waited, what he began with: others' steps have gone through his seat."""
+        if name in self._waited:
+            return _own(self._places[name].on_host, self._common)
+        return self._together.member(self._carry, self._seats[name])
 
 
 class _Latch(StopRequest):
