@@ -15,7 +15,6 @@ from dpo_jax.models.layers import Cache, project
 from dpo_jax.prefill import prefill
 from dpo_jax.types import Array, Params
 
-_BLOCK = 128  # tokens of the vocabulary that are summed up before one is looked for; divides most vocabularies' sizes
 _ALIGNED = 16  # slots of the cache come in as many: products read rows of fp32 from where lines of 64 bytes begin
 
 
@@ -149,7 +148,7 @@ def likeliest_token(logits_RV: Array) -> Array:
     """The first of the likeliest tokens, int32 [R], as ``argmax`` finds it, which CPUs run through number by number."""
     logits_RGB = _in_blocks(logits_RV, -jnp.inf)
     g_R = jnp.argmax(jnp.max(logits_RGB, axis=2), axis=1)
-    return (g_R * _BLOCK + jnp.argmax(_block(logits_RGB, g_R), axis=1)).astype(jnp.int32)
+    return (g_R * logits_RGB.shape[2] + jnp.argmax(_block(logits_RGB, g_R), axis=1)).astype(jnp.int32)
 
 
 def draw_token(logits_RV: Array, uniform_R: Array) -> Array:
@@ -169,14 +168,15 @@ def draw_token(logits_RV: Array, uniform_R: Array) -> Array:
     mass_RG = jnp.sum(p_RGB, axis=2)
     g_R, rest_R = _invert(mass_RG, uniform_R * jnp.sum(mass_RG, axis=1))
     v_R, _ = _invert(_block(p_RGB, g_R), rest_R)
-    return (g_R * _BLOCK + v_R).astype(jnp.int32)
+    return (g_R * p_RGB.shape[2] + v_R).astype(jnp.int32)
 
 
 def _in_blocks(x_RV: Array, filler: float) -> Array:
-    """[R, G, B], the last block filled up."""
+    """[R, G, B], about √V blocks of √V, the last one filled up."""
     rows, vocab = x_RV.shape
-    filled = jnp.pad(x_RV, ((0, 0), (0, -vocab % _BLOCK)), constant_values=filler)
-    return filled.reshape(rows, -1, _BLOCK)
+    size = int(vocab**0.5)
+    filled = jnp.pad(x_RV, ((0, 0), (0, -vocab % size)), constant_values=filler)
+    return filled.reshape(rows, -1, size)
 
 
 def _block(x_RGB: Array, g_R: Array) -> Array:
