@@ -14,15 +14,16 @@ import numpy as np
 
 from dpo_jax import metrics as metrics_lib
 from dpo_jax.ahead import Begun
+from dpo_jax.answering import Answerer
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.layouts import Shape, concatenated
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.data.tokenizer import decode
 from dpo_jax.logprobs import score
 from dpo_jax.parallel import Parallel
-from dpo_jax.sampling import Samples, make_sampler, row_draws
+from dpo_jax.sampling import Samples, row_draws
 from dpo_jax.state import Hyper, TrainState
-from dpo_jax.types import CHOSEN, Array, Params
+from dpo_jax.types import CHOSEN, Params
 
 Reward = Callable[[Sequence[str]], np.ndarray]
 
@@ -70,7 +71,7 @@ class Completer:
       parallel: the devices; rows are split over them.
       prompt_length: longest prompt, tokens.
       answer_length: room for an answer, tokens.
-      rows: rows sampled at a time, or as many more as divide over the devices.
+      rows: prompts answered at a time, or as many more as divide over the devices.
       head_chunk: targets whose logits exist at a time.
     """
 
@@ -85,11 +86,10 @@ class Completer:
         rows: int,
         head_chunk: int,
     ) -> None:
-        self.tokenizer, self.rows = tokenizer, -(-rows // parallel.parts) * parallel.parts
-        self.shape = Shape(answers=1, prompt_length=prompt_length, answer_length=answer_length)
-        lanes = parallel.axis.parts
-        sampler = make_sampler(model, max_new_tokens=answer_length, eos=tokenizer.eos_token_id, lanes=lanes)
-        self._sample = parallel.row_function(sampler, "sample")
+        self.tokenizer, self.shape = tokenizer, Shape(1, prompt_length, answer_length)
+        limits = {"max_new_tokens": answer_length, "eos": tokenizer.eos_token_id}
+        self._answer = Answerer(model, parallel, prompt_length=prompt_length, rows=rows, **limits)
+        self.rows = self._answer.rows
         self._score = parallel.row_function(
             lambda params, batch: score(model, params, batch, (1, 1), head_chunk).sum[:, 0, 0], "score_samples"
         )
@@ -110,14 +110,8 @@ class Completer:
           (answers, with the EOS where it was drawn; the log-probability of each under the untempered model, nats,
           float32 [n]).
         """
-        begun = []
-        for start in range(0, len(prompts), self.rows):
-            part = prompts[start : start + self.rows]
-            tokens, lengths = _right_padded(part, self.rows, self.shape.prompt_length)
-            draws = row_draws(seed, first_row + start + np.arange(self.rows))
-            heat = np.full(self.rows, temperature, np.float32)
-            begun.append((self._sample(params, tokens, lengths, draws, heat), len(part)))
-        return Begun(lambda: _joined([_to_answers(samples.result(), n) for samples, n in begun]))
+        samples = self._answer(params, prompts, row_draws(seed, first_row + np.arange(len(prompts))), temperature)
+        return Begun(lambda: _to_answers(samples.result()))
 
     def logps(self, params: Params, prompts: Sequence[np.ndarray], answers: Sequence[Answer]) -> Begun[np.ndarray]:
         """Log-probability of each answer after its prompt, nats, float32 [n]."""
@@ -223,20 +217,7 @@ def repetition(tokens: np.ndarray) -> float:
     return 1 - len(set(trigrams)) / len(trigrams) if trigrams else 0.0
 
 
-def _right_padded(prompts: Sequence[np.ndarray], rows: int, length: int) -> tuple[Array, Array]:
-    tokens, lengths = np.zeros((rows, length), np.int32), np.ones(rows, np.int32)
-    for r, prompt in enumerate(prompts):
-        if len(prompt) > length:
-            raise ValueError(f"a prompt has {len(prompt)} tokens, data.prompt_length is {length}; raise it")
-        tokens[r, : len(prompt)], lengths[r] = prompt, len(prompt)
-    return tokens, lengths
-
-
-def _to_answers(samples: Samples, count: int) -> tuple[list[Answer], np.ndarray]:
-    rows = zip(samples.tokens_RT[:count], samples.length_R[:count], strict=True)
+def _to_answers(samples: Samples) -> tuple[list[Answer], np.ndarray]:
+    rows = zip(samples.tokens_RT, samples.length_R, strict=True)
     answers = [Answer(tokens[:n], np.ones(n, np.float32), CHOSEN) for tokens, n in rows]
-    return answers, np.sum(samples.logp_RT[:count], axis=1)
-
-
-def _joined(parts: Sequence[tuple[list[Answer], np.ndarray]]) -> tuple[list[Answer], np.ndarray]:
-    return [answer for answers, _ in parts for answer in answers], np.concatenate([logps for _, logps in parts])
+    return answers, np.sum(samples.logp_RT, axis=1)

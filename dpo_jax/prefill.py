@@ -15,26 +15,37 @@ ROW = 512  # positions that prompts share; where one may be longer, rows are as 
 
 
 def prefill(
-    model: nn.Module, variables: Any, prompt_RP: Array, length_R: Array, *, room: int, lanes: int = 1
-) -> tuple[Array, Cache]:
-    """Reads prompts, as many at a time as fit into a row.
+    model: nn.Module,
+    variables: Any,
+    prompt_RP: Array,
+    length_R: Array,
+    known_R: Array,
+    new_R: Array,
+    last_RD: Array,
+    cache: Cache,
+    *,
+    lanes: int = 1,
+) -> tuple[jax.Array, Cache]:
+    """Reads the prompts of new rows, as many at a time as fit together; copies those that other rows have.
 
     Args:
       model: a family's module.
       variables: its parameters, as ``apply`` takes them.
       prompt_RP: int32 tokens, padded on the right.
       length_R: int32, of each prompt, from 1 to P.
-      room: slots of the cache after the P of the prompts.
-      lanes: rows that are read at a time.
+      known_R: bool, rows whose prompts have been read; their part of the cache is left alone.
+      new_R: bool, rows whose prompts are to be read; none of them is known. All others are of no matter.
+      last_RD: hidden states of the known prompts' last tokens.
+      cache: of R rows; slots 0 to P are the prompts'.
+      lanes: packed rows that are read at a time.
 
     Returns:
-      (hidden states of the prompts' last tokens [R, D], a cache of P + ``room`` slots a row).
+      (hidden states of the known and the new prompts' last tokens, the cache with the new prompts in it).
     """
-    c = model.config
     rows, width = prompt_RP.shape
     row_length = max(width, min(ROW, rows * width))
-    alike_R = _first_alike(prompt_RP, length_R)
-    own_R = jnp.where(alike_R == jnp.arange(rows), length_R, 0)  # what is to be read
+    source_R = _sources(prompt_RP, length_R, known_R, new_R)
+    own_R = jnp.where(new_R & (source_R == jnp.arange(rows)), length_R, 0)  # what is to be read
     start_R, used = _next_fit(own_R, row_length)
     slot_RP = jnp.broadcast_to(jnp.arange(width), prompt_RP.shape)
     group_RP = jnp.broadcast_to(1 + jnp.arange(rows)[:, None], prompt_RP.shape)
@@ -45,35 +56,47 @@ def prefill(
         for values in (prompt_RP, slot_RP, group_RP)
     ]
 
-    def read(step: Any, found: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    def read(step: Any, found: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        last, cache = found
         tokens, position, group = (jax.lax.dynamic_slice_in_dim(a, step * lanes, lanes) for a in packed)
         mask = training_mask(group, jnp.zeros_like(group))
-        hidden, *new = model.apply(variables, tokens, position, mask, method="read")
+        hidden, key, value = model.apply(variables, tokens, position, mask, method="read")
         owner = jnp.where(group > 0, group - 1, rows)  # padding is owned by a row that is not there, and is dropped
         ends = jnp.where(position == length_R[owner] - 1, owner, rows)
-        kept = (  # all layers of a token at once
-            old.at[:, owner, :, position].set(part.transpose(1, 3, 0, 2, 4), mode="drop")
-            for old, part in zip(found[1:], new, strict=True)
+        keys, values = ([layer.swapaxes(1, 2) for layer in part] for part in (key, value))
+        cache = Cache(
+            tuple(a.at[owner, :, :, position].set(b, mode="drop") for a, b in zip(cache.key, keys, strict=True)),
+            tuple(a.at[owner, :, position].set(b, mode="drop") for a, b in zip(cache.value, values, strict=True)),
+            cache.position,
         )
-        return found[0].at[ends].set(hidden, mode="drop"), *kept
+        return jnp.asarray(last).at[ends].set(hidden, mode="drop"), cache
 
-    nothing = jnp.zeros((c.layers, rows, c.key_heads, width, c.size), c.dtype)
-    last_RD = jnp.zeros((rows, c.width), c.output_dtype or c.dtype)
-    last_RD, key, value = jax.lax.fori_loop(0, -(-used // lanes), read, (last_RD, nothing, nothing))
-
-    def spread(layers: Array) -> list[Array]:
-        """Into all rows with the same prompt, with room after it."""
-        return [jnp.pad(a[alike_R], ((0, 0), (0, 0), (0, room), (0, 0))) for a in layers]
-
-    keys = tuple(a.swapaxes(2, 3) for a in spread(key))
-    return last_RD[alike_R], Cache(keys, tuple(spread(value)), jnp.pad(slot_RP, ((0, 0), (0, room))))
+    found = jax.lax.fori_loop(0, -(-used // lanes), read, (last_RD, cache))
+    return _copied(found, source_R, new_R & (source_R != jnp.arange(rows)), width)
 
 
-def _first_alike(prompt_RP: Array, length_R: Array) -> Array:
-    """The first row with the same prompt as each row."""
+def _sources(prompt_RP: Array, length_R: Array, known_R: Array, new_R: Array) -> Array:
+    """Which row each prompt is taken from: a known one with the same, else the first new one, which may be itself."""
     inside_RP = jnp.arange(prompt_RP.shape[1])[None] < length_R[:, None]
     tokens_RP = jnp.where(inside_RP, prompt_RP, -1)
-    return jnp.argmax(jnp.all(tokens_RP[:, None] == tokens_RP[None], axis=2), axis=1)
+    same_RR = jnp.all(tokens_RP[:, None] == tokens_RP[None], axis=2)
+    known_RR, new_RR = same_RR & known_R[None], same_RR & new_R[None]
+    return jnp.where(jnp.any(known_RR, axis=1), jnp.argmax(known_RR, axis=1), jnp.argmax(new_RR, axis=1))
+
+
+def _copied(found: tuple[Array, Cache], source_R: Array, copied_R: Array, width: int) -> tuple[jax.Array, Cache]:
+    """Some rows' last hidden states and first ``width`` slots, each from its source; no work where there are none."""
+
+    def anew(part_R: Array) -> jax.Array:
+        return jnp.where(copied_R.reshape(-1, *[1] * (part_R.ndim - 1)), part_R[source_R], part_R)
+
+    def copy(_: Any, found: tuple[Array, Cache]) -> tuple[Array, Cache]:
+        last, cache = found
+        key = tuple(a.at[:, :, :, :width].set(anew(a[:, :, :, :width])) for a in cache.key)
+        value = tuple(a.at[:, :, :width].set(anew(a[:, :, :width])) for a in cache.value)
+        return anew(last), Cache(key, value, cache.position)
+
+    return jax.lax.fori_loop(0, jnp.any(copied_R).astype(jnp.int32), copy, found)
 
 
 def _next_fit(length_R: Array, row_length: int) -> tuple[Array, Array]:

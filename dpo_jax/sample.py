@@ -5,6 +5,7 @@ python -m dpo_jax.sample --workdir=runs/imdb/dpo --prompt="The film" --completio
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import textwrap
@@ -18,13 +19,16 @@ import jax
 import numpy as np
 
 from dpo_jax import buckets
+from dpo_jax.answering import Answerer
 from dpo_jax.data.encode import Encoder
 from dpo_jax.data.tokenizer import decode, open_tokenizer
 from dpo_jax.models import rolled
 from dpo_jax.parallel import DataParallel
-from dpo_jax.sampling import make_sampler, row_draws
+from dpo_jax.progress import Progress
+from dpo_jax.sampling import row_draws
 from dpo_jax.sources import encoding_of, tokenizer_folder
 from dpo_jax.start import load_policy, make_start_model, start_params
+from dpo_jax.types import Params
 from dpo_jax.workdir import read_config
 from dpo_jax.writers import split_lines
 
@@ -105,18 +109,23 @@ def sample_run(workdir: Path, prompts: Sequence[str], request: Request) -> Resul
     tokens = [encoder.prompt_tokens(prompt) for prompt in prompts]
     model = make_start_model(config, len(tokenizer))
     parallel = DataParallel(jax.local_devices()[:1])
-    room = request.max_new_tokens or config.data.answer_length
-    sampler = make_sampler(
-        rolled(model), max_new_tokens=room, eos=tokenizer.eos_token_id, top_k=request.top_k, top_p=request.top_p
+    answer = Answerer(
+        rolled(model),
+        parallel,
+        prompt_length=max(map(len, tokens)),
+        rows=min(request.rows, len(prompts) * request.completions),
+        max_new_tokens=request.max_new_tokens or config.data.answer_length,
+        eos=tokenizer.eos_token_id,
+        top_k=request.top_k,
+        top_p=request.top_p,
     )
-    draw = parallel.row_function(sampler, "sample")
     found: list[Completion] = []
     clock = _Clock()
     for side, load in zip(
         SIDES, (lambda: load_policy(workdir, model), lambda: start_params(config, model)), strict=True
     ):
         params = parallel.replicate(load())
-        found += _answers(side, draw, params, tokens, tokenizer, request, clock)
+        found += _answers(side, answer, params, tokens, tokenizer, request, clock)
         del params  # only one side is in memory at a time
     return Result(tuple(found), clock.rate())
 
@@ -138,8 +147,8 @@ class _Clock:
 
 def _answers(
     side: str,
-    draw: Any,
-    params: Any,
+    answer: Answerer,
+    params: Params,
     prompts: Sequence[np.ndarray],
     tokenizer: Any,
     request: Request,
@@ -147,24 +156,18 @@ def _answers(
 ) -> Iterator[Completion]:
     """Answers of one side. A row's draws depend on (seed, prompt, completion) alone, however rows are batched."""
     jobs = [(p, c) for p in range(len(prompts)) for c in range(request.completions)]
-    rows = min(request.rows, len(jobs))
-    longest = max(map(len, prompts))
-    heat = np.full(rows, request.temperature, np.float32)
-    for start in range(0, len(jobs), rows):
-        part = jobs[start : start + rows]
-        filled = part + [part[-1]] * (rows - len(part))
-        tokens_RP = np.zeros((rows, longest), np.int32)
-        for r, (p, _) in enumerate(filled):
-            tokens_RP[r, : len(prompts[p])] = prompts[p]
-        lengths_R = np.array([len(prompts[p]) for p, _ in filled], np.int32)
-        draws_R2 = row_draws(request.seed, np.array([p * request.completions + c for p, c in filled]))
-        begin = time.monotonic()
-        out = draw(params, tokens_RP, lengths_R, draws_R2, heat).result()
-        clock.add(time.monotonic() - begin, int(out.length_R[: len(part)].sum()))
-        for r, (p, c) in enumerate(part):
-            n = int(out.length_R[r])
-            text = decode(tokenizer, out.tokens_RT[r, :n])
-            yield Completion(side, p, c, text, n, float(out.logp_RT[r, :n].sum()), bool(out.ended_R[r]))
+    asked, draws_R2 = [prompts[p] for p, _ in jobs], row_draws(request.seed, np.arange(len(jobs)))
+    left = iter(jobs)
+    with Progress(len(jobs), f"sampling {side}", unit="answer") as progress:
+        for part in answer.parts(params, asked, draws_R2, request.temperature):
+            begin = time.monotonic()
+            out = part.result()
+            clock.add(time.monotonic() - begin, int(out.length_R.sum()))
+            for r, (p, c) in enumerate(itertools.islice(left, len(out.length_R))):
+                n = int(out.length_R[r])
+                text = decode(tokenizer, np.asarray(out.tokens_RT[r, :n]))
+                yield Completion(side, p, c, text, n, float(out.logp_RT[r, :n].sum()), bool(out.ended_R[r]))
+            progress.update(len(out.length_R))
 
 
 def write_jsonl(path: Path, prompts: Sequence[str], result: Result) -> None:

@@ -1,8 +1,11 @@
-"""Sampling with a key/value cache: the prompts, several in a row, then a token at a time until every row has ended."""
+"""Sampling with a key/value cache: a token at a time in every seat, and the next prompt where an answer has ended."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from dpo_jax.drawing import draw_token, keep_likeliest, likeliest_token
 from dpo_jax.models import unrolled
 from dpo_jax.models.layers import Cache, project
 from dpo_jax.prefill import prefill
+from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params
 
 _ALIGNED = 16  # slots of the cache come in as many: products read rows of fp32 from where lines of 64 bytes begin
+_FREE = 4  # the next prompts are read when one of so many seats is free: together they fill a row, and few seats idle
 
 
 @struct.dataclass
@@ -35,6 +41,57 @@ class Samples:
     ended_R: Array
 
 
+@struct.dataclass
+class _Asked:
+    """What a sampler is called with, of R prompts."""
+
+    prompt_RP: Array
+    length_R: Array
+    draws_R2: Array
+    temperature_R: Array
+
+
+@struct.dataclass
+class _Seats:
+    """S rows of a cache, and the prompts that are being answered in them.
+
+    Attributes:
+      row_S: int32, which prompt sits there; R where none does.
+      prompt_SP: int32, its tokens.
+      length_S: int32, how many they are.
+      age_S: int32, how many tokens have been sampled after it.
+      last_SD: hidden states of the prompts' last tokens.
+      hidden_SD: of the latest tokens.
+      cache: P slots for the seat's prompt, then T that all seats write to at the same time, one after the other, and
+        then the first again: no answer has more tokens, so none is overwritten before its answer has ended.
+    """
+
+    row_S: jax.Array
+    prompt_SP: jax.Array
+    length_S: jax.Array
+    age_S: jax.Array
+    last_SD: jax.Array
+    hidden_SD: jax.Array
+    cache: Cache
+
+
+@struct.dataclass
+class _State:
+    """Where sampling stands.
+
+    Attributes:
+      seats: who is being answered.
+      taken: int32, prompts that have been given a seat.
+      clock: int32, tokens of each seat since all of them were last free.
+      samples: what has been sampled.
+    """
+
+    seats: _Seats
+    taken: jax.Array
+    clock: jax.Array
+    samples: Samples
+
+
 def make_sampler(
     model: nn.Module,
     *,
@@ -42,14 +99,17 @@ def make_sampler(
     eos: int | Sequence[int],
     top_k: int | None = None,
     top_p: float | None = None,
+    seats: int | None = None,
     lanes: int = 1,
 ) -> Callable[[Params, Array, Array, Array, Array], Samples]:
     """Builds the pure function (params, prompt_RP, length_R, draws_R2, temperature_R) → Samples.
 
-    Prompts are padded on the right to P tokens; T = ``max_new_tokens``; a temperature of 0 takes the likeliest token.
-    The random numbers of a row depend on its own ``row_draws`` and on the place of the token alone, so a row's
-    completion does not depend on the rows beside it, but for the rounding of sums. The cache has the model's compute
-    dtype: samples come from the same function that scores them. While it works, the layers' parameters lie there twice.
+    Prompts are padded on the right to P tokens, and those of length 0 are not answered; T = ``max_new_tokens``; a
+    temperature of 0 takes the likeliest token. Prompts for which there is no seat wait, and take those of answers that
+    have ended. The random numbers of a row depend on its own ``row_draws`` and on the place of the token alone, so a
+    row's completion does not depend on the rows beside it, but for the rounding of sums. The cache has the model's
+    compute dtype: samples come from the same function that scores them. While it works, the layers' parameters lie
+    there twice.
 
     Args:
       model: a family's module.
@@ -57,6 +117,7 @@ def make_sampler(
       eos: the token, or the tokens any of which, ends an answer.
       top_k: draws among this many of the likeliest tokens only; None is all.
       top_p: draws among the fewest likeliest tokens whose probabilities add up to this; None is all.
+      seats: prompts that are answered at a time; None is all.
       lanes: rows of prompts that are read at a time: as many as one program's rows are split over.
 
     Raises:
@@ -64,131 +125,177 @@ def make_sampler(
     """
     if (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise ValueError(f"top_k is {top_k} and top_p {top_p}; expected at least 1, and more than 0 up to 1")
-    stepped = unrolled(model)
-    ends = np.atleast_1d(np.asarray(eos, np.int32))
+    limits = _Limits(max_new_tokens, np.atleast_1d(np.asarray(eos, np.int32)), top_k, top_p)
 
     def sample(params: Params, prompt_RP: Array, length_R: Array, draws_R2: Array, temperature_R: Array) -> Samples:
-        rows, prompt_slots = prompt_RP.shape
-        room = max_new_tokens + -(prompt_slots + max_new_tokens) % _ALIGNED
-        key_R = jax.vmap(lambda draws: jax.random.fold_in(jax.random.key(draws[0]), draws[1]))(draws_R2)
-        variables = {"params": params}
-        # Copies, made once: a part of an array is a copy on CPUs, which each token would make anew.
-        layers = [jax.tree.map(lambda a, n=n: a[n], params["blocks"]) for n in range(model.config.layers)]
-        head_VD = model.apply(variables, method="head")
-        seen_RP = jnp.arange(prompt_slots)[None] < length_R[:, None]
-
-        def draw(hidden_RD: Array, t: Array) -> tuple[Array, Array]:
-            logits_RV = project(hidden_RD, head_VD, model.logit_cap)
-            uniform_R = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, t)))(key_R)
-            warmth_R = jnp.where(temperature_R > 0, temperature_R, 1.0)
-            drawn_R = draw_token(keep_likeliest(logits_RV / warmth_R[:, None], top_k, top_p), uniform_R)
-            token_R = jnp.where(temperature_R > 0, drawn_R, likeliest_token(logits_RV))
-            taken_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
-            return token_R, taken_R - jax.nn.logsumexp(logits_RV, axis=1)
-
-        def read(token_R: Array, t: Array, cache: Cache) -> tuple[Array, Cache]:
-            slot = jnp.arange(prompt_slots + room)[None]
-            sampled_1T = (slot >= prompt_slots) & (slot <= prompt_slots + t)
-            mask_RT = jnp.pad(seen_RP, ((0, 0), (0, room))) | sampled_1T
-            stacked = params | {"blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *layers)}
-            position_R1, start = (length_R + t)[:, None], prompt_slots + t
-            hidden_RQD, cache = stepped.apply(
-                {"params": stacked}, token_R[:, None], position_R1, mask_RT[:, None], cache, start
-            )
-            return hidden_RQD[:, 0], cache
-
-        def body(carry: tuple) -> tuple:
-            t, hidden_RD, cache, out = carry
-            token_R, logp_R = draw(hidden_RD, t)
-            live_R = ~out.ended_R
-            out = Samples(
-                tokens_RT=out.tokens_RT.at[:, t].set(jnp.where(live_R, token_R, 0)),
-                logp_RT=out.logp_RT.at[:, t].set(jnp.where(live_R, logp_R, 0.0)),
-                length_R=out.length_R + live_R,
-                ended_R=out.ended_R | jnp.any(token_R[:, None] == ends[None], axis=1),
-            )
-            return t + 1, *read(token_R, t, cache), out
-
-        def unfinished(carry: tuple) -> Array:
-            t, _, _, out = carry
-            return (t < max_new_tokens) & ~jnp.all(out.ended_R)
-
-        last_RD, cache = prefill(model, variables, prompt_RP, length_R, room=room, lanes=lanes)
-        empty = jnp.zeros((rows, max_new_tokens), jnp.int32)
-        out = Samples(empty, empty.astype(jnp.float32), jnp.zeros(rows, jnp.int32), jnp.zeros(rows, bool))
-        return jax.lax.while_loop(unfinished, body, (jnp.int32(0), last_RD, cache, out))[3]
+        asked = _Asked(prompt_RP, length_R, draws_R2, temperature_R)
+        return _Sampling(model, params, limits, asked, min(seats or len(length_R), len(length_R)), lanes).run()
 
     return sample
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Of an answer, and of what its tokens are drawn from."""
+
+    max_new_tokens: int
+    ends: np.ndarray
+    top_k: int | None
+    top_p: float | None
+
+
+class _Sampling:
+    """One call of a sampler: what stays as it is while its states follow each other."""
+
+    def __init__(
+        self, model: nn.Module, params: Params, limits: _Limits, asked: _Asked, seats: int, lanes: int
+    ) -> None:
+        self._model, self._params, self._limits = model, params, limits
+        self._asked, self._count, self._lanes = asked, seats, lanes
+        self._rows, self._prompt_slots = np.shape(asked.prompt_RP)
+        self._order_R = jnp.argsort(asked.length_R == 0, stable=True)
+        self._answered = jnp.sum(asked.length_R > 0)
+        # Copies, made once: a part of an array is a copy on CPUs, which each token would make anew.
+        self._layers = [jax.tree.map(lambda a, n=n: a[n], params["blocks"]) for n in range(model.config.layers)]
+        self._head_VD = model.apply({"params": params}, method="head")
+
+    def run(self) -> Samples:
+        """Until all prompts are answered: seats them, then adds tokens until others can be seated."""
+
+        def with_others(state: Any) -> Any:
+            return jax.lax.while_loop(lambda s: _busy(s) & ~self._waits(s), self._with_a_token, self._seated(state))
+
+        return jax.lax.while_loop(lambda s: _busy(s) | self._waits(s), with_others, self._start()).samples
+
+    def _start(self) -> _State:
+        count, slots, room = self._count, self._prompt_slots, self._limits.max_new_tokens
+        aligned = -(-(slots + room) // _ALIGNED) * _ALIGNED
+        cache = self._model.apply({"params": self._params}, count, aligned, method="empty_cache")
+        slot_T = jnp.arange(aligned)
+        cache = cache.replace(position=jnp.broadcast_to(jnp.where(slot_T < slots, slot_T, 0), (count, aligned)))
+        c, none_S = self._model.config, jnp.zeros(count, jnp.int32)
+        hidden_SD = jnp.zeros((count, c.width), c.output_dtype or c.dtype)
+        seats = _Seats(
+            row_S=jnp.full(count, self._rows),
+            prompt_SP=jnp.zeros((count, slots), jnp.int32),
+            length_S=none_S,
+            age_S=none_S,
+            last_SD=hidden_SD,
+            hidden_SD=hidden_SD,
+            cache=cache,
+        )
+        seats = jax.tree.map(lambda a: constrain(a, "rows", *[None] * (a.ndim - 1)), seats)
+        token_RT, none_R = jnp.zeros((self._rows, room), jnp.int32), jnp.zeros(self._rows, jnp.int32)
+        samples = Samples(token_RT, token_RT.astype(jnp.float32), none_R, none_R.astype(bool))
+        return _State(seats, jnp.int32(0), jnp.int32(0), samples)
+
+    def _waits(self, state: _State) -> jax.Array:
+        """Whether prompts wait that can be seated: all that are left, or as many as are read together."""
+        left, free = self._answered - state.taken, jnp.sum(~_live(state))
+        return (left > 0) & (free >= jnp.minimum(left, -(-self._count // _FREE)))
+
+    def _seated(self, state: _State) -> _State:
+        """The next prompts in the seats that are free, and read."""
+        seats, asked, live_S = state.seats, self._asked, _live(state)
+        turn_S = state.taken + jnp.cumsum(~live_S) - 1
+        new_S = ~live_S & (turn_S < self._answered)
+        row_S = jnp.where(new_S, self._order_R[turn_S], seats.row_S)
+        prompt_SP = jnp.where(new_S[:, None], jnp.asarray(asked.prompt_RP)[row_S], seats.prompt_SP)
+        length_S = jnp.where(new_S, jnp.asarray(asked.length_R)[row_S], seats.length_S)
+        last_SD, cache = prefill(
+            self._model,
+            {"params": self._params},
+            prompt_SP,
+            length_S,
+            live_S,
+            new_S,
+            seats.last_SD,
+            seats.cache,
+            lanes=self._lanes,
+        )
+        seats = _Seats(
+            row_S=row_S,
+            prompt_SP=prompt_SP,
+            length_S=length_S,
+            age_S=jnp.where(new_S, 0, seats.age_S),
+            last_SD=last_SD,
+            hidden_SD=jnp.where(new_S[:, None], last_SD, seats.hidden_SD),
+            cache=cache,
+        )
+        clock = jnp.where(jnp.any(live_S), state.clock, 0)
+        return _State(seats, state.taken + jnp.sum(new_S), clock, state.samples)
+
+    def _with_a_token(self, state: _State) -> _State:
+        """Another token in every seat; those without a prompt sample too, and nobody keeps it."""
+        seats, samples = state.seats, state.samples
+        row_S, age_S = seats.row_S, seats.age_S
+        token_S, logp_S = self._drawn(seats)
+        ended_S = jnp.any(token_S[:, None] == self._limits.ends[None], axis=1)
+        samples = Samples(
+            tokens_RT=_with(samples.tokens_RT, token_S, row_S, age_S),
+            logp_RT=_with(samples.logp_RT, logp_S, row_S, age_S),
+            length_R=_with(samples.length_R, age_S + 1, row_S),
+            ended_R=_with(samples.ended_R, ended_S, row_S),
+        )
+        hidden_SD, cache = self._read(token_S, seats, state.clock)
+        goes_on_S = _live(state) & ~ended_S & (age_S + 1 < self._limits.max_new_tokens)
+        seats = dataclasses.replace(
+            seats,
+            row_S=jnp.where(goes_on_S, row_S, self._rows),
+            age_S=jnp.where(goes_on_S, age_S + 1, age_S),
+            hidden_SD=hidden_SD,
+            cache=cache,
+        )
+        return _State(seats, state.taken, state.clock + 1, samples)
+
+    def _drawn(self, seats: _Seats) -> tuple[jax.Array, jax.Array]:
+        """A token for each seat, and its log-probability."""
+        draws_S2, temperature_S = (
+            jnp.asarray(a)[seats.row_S] for a in (self._asked.draws_R2, self._asked.temperature_R)
+        )
+        logits_SV = project(seats.hidden_SD, self._head_VD, self._model.logit_cap)
+        warm_SV = logits_SV / jnp.where(temperature_S > 0, temperature_S, 1.0)[:, None]
+        kept_SV = keep_likeliest(warm_SV, self._limits.top_k, self._limits.top_p)
+        drawn_S = draw_token(kept_SV, jax.vmap(_uniform)(draws_S2, seats.age_S))
+        token_S = jnp.where(temperature_S > 0, drawn_S, likeliest_token(logits_SV))
+        taken_S = jnp.take_along_axis(logits_SV, token_S[:, None], axis=1)[:, 0]
+        return token_S, taken_S - jax.nn.logsumexp(logits_SV, axis=1)
+
+    def _read(self, token_S: jax.Array, seats: _Seats, clock: jax.Array) -> tuple[jax.Array, Cache]:
+        """Hidden states of the tokens, and the cache with them in it."""
+        slots, room = self._prompt_slots, self._limits.max_new_tokens
+        slot_1T = jnp.arange(seats.cache.value[0].shape[2])[None]
+        back_1T = (clock - (slot_1T - slots)) % room  # how many tokens ago all seats wrote to a slot
+        sampled_ST = (slot_1T < slots + room) & (back_1T <= seats.age_S[:, None])
+        mask_ST = jnp.where(slot_1T < slots, slot_1T < seats.length_S[:, None], sampled_ST)
+        stacked = self._params | {"blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *self._layers)}
+        position_S1, start = (seats.length_S + seats.age_S)[:, None], slots + clock % room
+        hidden_SQD, cache = unrolled(self._model).apply(
+            {"params": stacked}, token_S[:, None], position_S1, mask_ST[:, None], seats.cache, start
+        )
+        return hidden_SQD[:, 0], cache
+
+
+def _live(state: _State) -> jax.Array:
+    """bool [S], seats with a prompt."""
+    return state.seats.row_S < len(state.samples.length_R)
+
+
+def _busy(state: _State) -> jax.Array:
+    return jnp.any(_live(state))
+
+
+def _with(array: Any, values: jax.Array, *place: jax.Array) -> jax.Array:
+    """The array with the values in their places; those of no row are left out."""
+    return array.at[place].set(values, mode="drop")
+
+
+def _uniform(draws_2: jax.Array, age: jax.Array) -> jax.Array:
+    """The random number of an answer's token, in [0, 1)."""
+    key = jax.random.fold_in(jax.random.key(draws_2[0]), draws_2[1])
+    return jax.random.uniform(jax.random.fold_in(key, age))
 
 
 def row_draws(seed: int, rows: np.ndarray) -> np.ndarray:
     """What decides the random numbers of each row, uint32 [R, 2]: the seed, and the number of the row."""
     return np.stack(np.broadcast_arrays(seed, rows), axis=1).astype(np.uint32)
-
-
-def keep_likeliest(logits_RV: Array, top_k: int | None, top_p: float | None) -> Array:
-    """Logits with −∞ outside of the ``top_k`` likeliest tokens, and of those outside of the nucleus of mass ``top_p``.
-
-    The nucleus (arXiv 1904.09751) holds a token iff the likelier ones add up to less than ``top_p``; tokens as likely
-    as its last one stay.
-    """
-    if top_k is not None and top_k < logits_RV.shape[1]:
-        least_R1 = jax.lax.top_k(logits_RV, top_k)[0][:, -1:]
-        logits_RV = jnp.where(logits_RV < least_R1, -jnp.inf, logits_RV)
-    if top_p is not None and top_p < 1:
-        sorted_RV = jnp.sort(logits_RV, axis=1)[:, ::-1]
-        p_RV = jax.nn.softmax(sorted_RV, axis=1)
-        kept_RV = jnp.cumsum(p_RV, axis=1) - p_RV < top_p
-        least_R1 = jnp.min(jnp.where(kept_RV, sorted_RV, jnp.inf), axis=1, keepdims=True)
-        logits_RV = jnp.where(logits_RV < least_R1, -jnp.inf, logits_RV)
-    return logits_RV
-
-
-def likeliest_token(logits_RV: Array) -> Array:
-    """The first of the likeliest tokens, int32 [R], as ``argmax`` finds it, which CPUs run through number by number."""
-    logits_RGB = _in_blocks(logits_RV, -jnp.inf)
-    g_R = jnp.argmax(jnp.max(logits_RGB, axis=2), axis=1)
-    return (g_R * logits_RGB.shape[2] + jnp.argmax(_block(logits_RGB, g_R), axis=1)).astype(jnp.int32)
-
-
-def draw_token(logits_RV: Array, uniform_R: Array) -> Array:
-    """Draws from softmax(logits) by inverting its distribution function: first that of blocks, then one block's.
-
-    Far cheaper than Gumbel noise over the vocabulary, which needs R·V random numbers.
-
-    Args:
-      logits_RV: float32.
-      uniform_R: float32 in [0, 1).
-
-    Returns:
-      int32 [R]; never a token of probability 0.
-    """
-    p_RV = jnp.exp(logits_RV - jnp.max(logits_RV, axis=1, keepdims=True))
-    p_RGB = _in_blocks(p_RV, 0.0)
-    mass_RG = jnp.sum(p_RGB, axis=2)
-    g_R, rest_R = _invert(mass_RG, uniform_R * jnp.sum(mass_RG, axis=1))
-    v_R, _ = _invert(_block(p_RGB, g_R), rest_R)
-    return (g_R * p_RGB.shape[2] + v_R).astype(jnp.int32)
-
-
-def _in_blocks(x_RV: Array, filler: float) -> Array:
-    """[R, G, B], about √V blocks of √V, the last one filled up."""
-    rows, vocab = x_RV.shape
-    size = int(vocab**0.5)
-    filled = jnp.pad(x_RV, ((0, 0), (0, -vocab % size)), constant_values=filler)
-    return filled.reshape(rows, -1, size)
-
-
-def _block(x_RGB: Array, g_R: Array) -> Array:
-    """Each row's block of number g, [R, B]."""
-    return jnp.take_along_axis(x_RGB, g_R[:, None, None], axis=1)[:, 0]
-
-
-def _invert(mass_RN: Array, point_R: Array) -> tuple[Array, Array]:
-    """The entry in whose share of the mass a point lies, and how far into it. Rounding may put the point past the end:
-    the last entry with any mass is taken then."""
-    upper_RN = jnp.cumsum(mass_RN, axis=1)
-    last_R = mass_RN.shape[1] - 1 - jnp.argmax(mass_RN[:, ::-1] > 0, axis=1)
-    index_R = jnp.minimum(jnp.sum(upper_RN <= point_R[:, None], axis=1), last_R)
-    below_R = jnp.take_along_axis(upper_RN - mass_RN, index_R[:, None], axis=1)[:, 0]
-    return index_R, jnp.maximum(point_R - below_R, 0.0)

@@ -10,19 +10,15 @@ import numpy as np
 import pytest
 
 from dpo_jax import prefill as module
-from dpo_jax.models import make_model
 from dpo_jax.prefill import _next_fit, prefill
-from tests.tiny import VOCAB, tiny_model, tiny_params
+from tests.tiny import VOCAB, tiny_model, tiny_params, windowed_model
 
 ROOM = 3
 
 
 @pytest.fixture(params=["gpt2", "windows"])
 def model(request):
-    if request.param == "gpt2":
-        return tiny_model()
-    sizes = dict(vocab_size=VOCAB, context_length=32, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32)
-    return make_model("gemma2", {**sizes, "head_size": 4, "windows": (3, None)})
+    return tiny_model() if request.param == "gpt2" else windowed_model()
 
 
 def _prompts(rows: int, longest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -38,8 +34,7 @@ def test_shared_rows_give_what_each_prompt_gives_alone(model, row_length: int, l
     monkeypatch.setattr(module, "ROW", row_length)
     params = {"params": tiny_params(model)}
     tokens, lengths = _prompts(rows=14, longest=6)
-    read = jax.jit(functools.partial(prefill, model, room=ROOM, lanes=lanes))
-    last, cache = read(params, tokens, lengths)
+    last, cache = _read(model, params, tokens, lengths, lanes=lanes)
     apply, alone = jax.jit(model.apply), jax.jit(functools.partial(model.apply, method="read"))
     position, mask = np.arange(tokens.shape[1])[None], np.tril(np.ones((1, tokens.shape[1], tokens.shape[1]), bool))
     for r, n in enumerate(lengths):
@@ -48,8 +43,34 @@ def test_shared_rows_give_what_each_prompt_gives_alone(model, row_length: int, l
         _assert_rounded(last[r], hidden[0, n - 1])
         for found, expected in ((np.stack(cache.key).swapaxes(3, 4), key), (np.stack(cache.value), value)):
             _assert_rounded(found[:, r, :, :n], expected[:, 0, :, :n])
-        np.testing.assert_array_equal(cache.position[r, :n], np.arange(n))
-    assert {a.shape[3] for a in cache.key} == {a.shape[2] for a in cache.value} == {tokens.shape[1] + ROOM}
+
+
+def test_known_prompts_are_left_alone_and_copied(model) -> None:
+    """Three rows are known, three are read: one for the first time, one as a known one, one as the other new one."""
+    params = {"params": tiny_params(model)}
+    tokens, lengths = _prompts(rows=6, longest=6)
+    tokens[4], lengths[4] = tokens[1], lengths[1]
+    tokens[5], lengths[5] = tokens[2], lengths[2]
+    first = np.arange(6) < 2
+    before = _read(model, params, tokens, lengths, new=first)
+    after = _read(model, params, tokens, lengths, known=first, new=~first, found=before)
+    whole = _read(model, params, tokens, lengths)
+    for found, old, expected in zip(*map(jax.tree.leaves, (after, before, whole)), strict=True):
+        np.testing.assert_array_equal(found[:2], old[:2])
+        _assert_rounded(found, expected)
+        np.testing.assert_array_equal(found[4], found[1])
+        np.testing.assert_array_equal(found[5], found[2])
+
+
+def _read(model, params, tokens, lengths, *, known=None, new=None, found=None, lanes: int = 1):
+    """What prefill gives: by default of rows that are all new."""
+    rows, width = tokens.shape
+    if found is None:
+        empty = model.apply(params, rows, width + ROOM, method="empty_cache")
+        found = np.zeros((rows, model.config.width), np.float32), empty
+    known = np.zeros(rows, bool) if known is None else known
+    new = np.ones(rows, bool) if new is None else new
+    return jax.jit(functools.partial(prefill, model, lanes=lanes))(params, tokens, lengths, known, new, *found)
 
 
 def _assert_rounded(found, expected) -> None:
@@ -64,8 +85,8 @@ def test_rows_are_filled_one_after_the_other() -> None:
     assert int(used) == 5
 
 
-@pytest.mark.parametrize(("answers", "passes"), [(1, 4), (8, 1)])
-def test_no_row_is_read_for_prompts_already_seen(answers: int, passes: int, monkeypatch) -> None:
+@pytest.mark.parametrize(("answers", "passes", "copied"), [(1, 4, 0), (8, 1, 1)])
+def test_no_row_is_read_for_prompts_already_seen(answers: int, passes: int, copied: int, monkeypatch) -> None:
     """Eight prompts of 5 tokens fill four rows of 10; the same prompt eight times is one row of them."""
     monkeypatch.setattr(module, "ROW", 10)
     tokens = np.repeat(np.arange(3, 3 + 5 * 8 // answers, dtype=np.int32).reshape(-1, 5), answers, axis=0)
@@ -74,10 +95,10 @@ def test_no_row_is_read_for_prompts_already_seen(answers: int, passes: int, monk
     loop = jax.lax.fori_loop
 
     def counted(lower, upper, body, init):
-        jax.debug.callback(lambda n: count.append(int(n)), upper)
+        jax.debug.callback(lambda n: count.append(int(n)), upper, ordered=True)
         return loop(lower, upper, body, init)
 
     monkeypatch.setattr(jax.lax, "fori_loop", counted)
-    jax.block_until_ready(jax.jit(functools.partial(prefill, model, room=1))(params, tokens, np.full(8, 5, np.int32)))
+    jax.block_until_ready(_read(model, params, tokens, np.full(8, 5, np.int32)))
     jax.effects_barrier()
-    assert count[0] == passes
+    assert count == [passes, copied]

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dpo_jax import sampling
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape, concatenated
-from dpo_jax.sampling import draw_token, keep_likeliest, likeliest_token, make_sampler, row_draws
-from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params
+from dpo_jax.drawing import draw_token, keep_likeliest, likeliest_token
+from dpo_jax.sampling import make_sampler, row_draws
+from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params, windowed_model
 
 EOS = 2
+ENDS = tuple(range(0, VOCAB, 5))  # a fifth of the vocabulary: most answers end before there is no more room
 ROOM = 7
 
 
@@ -192,3 +195,52 @@ def test_limits_and_several_ends_hold_while_sampling(sampler) -> None:
 def test_impossible_limits_are_refused(limits) -> None:
     with pytest.raises(ValueError, match="expected at least 1, and more than 0 up to 1"):
         make_sampler(tiny_model(), max_new_tokens=1, eos=EOS, **limits)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "windows"])
+@pytest.mark.parametrize("seats", [1, 3, 8])
+def test_prompts_that_wait_for_a_seat_are_answered_as_they_are_alone(family: str, seats: int) -> None:
+    """The room of an answer is short, so that what all seats write to is written anew many times."""
+    model = tiny_model() if family == "gpt2" else windowed_model()
+    params, (tokens, lengths) = tiny_params(model), _prompts(24)
+    tokens[7], lengths[7] = tokens[5], lengths[5]
+    alone = _draw((model, params, jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ENDS))), 24, 3)[2]
+    some = _draw((model, params, jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ENDS, seats=seats))), 24, 3)[2]
+    assert len(np.unique(alone.length_R)) > 3 and 0 < np.mean(alone.ended_R) < 1, "answers must end at all times"
+    for name in ("tokens_RT", "length_R", "ended_R"):
+        np.testing.assert_array_equal(getattr(some, name), getattr(alone, name))
+    # Sums over slots in another order: fp32 rounding of scores of up to ten nats.
+    np.testing.assert_allclose(some.logp_RT, alone.logp_RT, atol=1e-5)
+
+
+def test_a_prompt_without_tokens_is_not_answered() -> None:
+    model = tiny_model()
+    tokens, lengths = _prompts(12)
+    absent = np.arange(12) % 3 == 0
+    sample = jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ENDS, seats=4))
+    whole, out = (
+        _draw((model, tiny_params(model), sample), 12, prompts=(tokens, n))[2]
+        for n in (lengths, np.where(absent, 0, lengths).astype(np.int32))
+    )
+    for found, expected in zip(*map(jax.tree.leaves, (out, whole)), strict=True):
+        assert not np.any(found[absent])
+        np.testing.assert_allclose(found[~absent], expected[~absent], atol=1e-5)
+
+
+def test_seats_are_hardly_ever_empty(monkeypatch) -> None:
+    """64 prompts in 8 seats: as many steps as there are tokens for every seat, but for those that wait to be a quarter
+    of the seats, and for the last answers. One batch after the other takes as many as the longest of each."""
+    reads, read = [], sampling._Sampling._read
+
+    def counted(self, token, seats, clock):
+        jax.debug.callback(lambda _: reads.append(1), clock)
+        return read(self, token, seats, clock)
+
+    monkeypatch.setattr(sampling._Sampling, "_read", counted)
+    model, room, seats = tiny_model(), 24, 8
+    sample = jax.jit(make_sampler(model, max_new_tokens=room, eos=ENDS, seats=seats))
+    out = _draw((model, tiny_params(model), sample), 64)[2]
+    lengths = np.asarray(out.length_R)
+    jax.effects_barrier()
+    in_batches = lengths.reshape(-1, seats).max(axis=1).sum()
+    assert lengths.sum() / seats <= len(reads) <= lengths.sum() / seats / 0.75 + room < in_batches

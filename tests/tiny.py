@@ -35,6 +35,12 @@ def tiny_model(**sizes: Any):
     return make_model("gpt2", {**fields, **sizes})
 
 
+def windowed_model():
+    """A Gemma 2 of the same size, one of whose layers sees three positions."""
+    fields = dict(vocab_size=VOCAB, context_length=32, width=16, layers=2, heads=4, kv_heads=2, mlp_width=32)
+    return make_model("gemma2", {**fields, "head_size": 4, "windows": (3, None)})
+
+
 def tiny_params(model, seed: int = 0, scale: float = 8.0):
     """Fresh parameters with large matrices, so that distributions are far from even."""
     return jax.tree.map(lambda p: p * scale if p.ndim > 1 else p, _fresh(model, seed))
