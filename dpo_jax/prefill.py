@@ -19,32 +19,31 @@ def prefill(
     variables: Any,
     prompt_RP: Array,
     length_R: Array,
-    known_R: Array,
     new_R: Array,
     last_RD: Array,
     cache: Cache,
     *,
     lanes: int = 1,
 ) -> tuple[jax.Array, Cache]:
-    """Reads the prompts of new rows, as many at a time as fit together; copies those that other rows have.
+    """Reads the prompts of new rows, as many at a time as fit together.
 
     Args:
       model: a family's module.
       variables: its parameters, as ``apply`` takes them.
       prompt_RP: int32 tokens, padded on the right.
       length_R: int32, of each prompt, from 1 to P.
-      known_R: bool, rows whose prompts have been read; their part of the cache is left alone.
-      new_R: bool, rows whose prompts are to be read; none of them is known. All others are of no matter.
-      last_RD: hidden states of the known prompts' last tokens.
+      new_R: bool, which prompts are to be read; what belongs to the other rows is left alone.
+      last_RD: hidden states of each row's last token.
       cache: of R rows; slots 0 to P are the prompts'.
       lanes: packed rows that are read at a time.
 
     Returns:
-      (hidden states of the known and the new prompts' last tokens, the cache with the new prompts in it).
+      (hidden states with those of the new prompts' last tokens, the cache with the new prompts in it).
     """
     rows, width = prompt_RP.shape
-    row_length = max(width, min(ROW, rows * width))
-    source_R = _sources(prompt_RP, length_R, known_R, new_R)
+    row_length, block = max(width, min(ROW, rows * width)), cache.key[0].shape[4]
+    source_R = _first_alike(prompt_RP, length_R, new_R)
+    alike_RC, most = _alike(source_R, new_R)
     own_R = jnp.where(new_R & (source_R == jnp.arange(rows)), length_R, 0)  # what is to be read
     start_R, used = _next_fit(own_R, row_length)
     slot_RP = jnp.broadcast_to(jnp.arange(width), prompt_RP.shape)
@@ -57,46 +56,43 @@ def prefill(
     ]
 
     def read(step: Any, found: tuple[Array, Cache]) -> tuple[Array, Cache]:
-        last, cache = found
         tokens, position, group = (jax.lax.dynamic_slice_in_dim(a, step * lanes, lanes) for a in packed)
         mask = training_mask(group, jnp.zeros_like(group))
         hidden, key, value = model.apply(variables, tokens, position, mask, method="read")
-        owner = jnp.where(group > 0, group - 1, rows)  # padding is owned by a row that is not there, and is dropped
-        ends = jnp.where(position == length_R[owner] - 1, owner, rows)
         keys, values = ([layer.swapaxes(1, 2) for layer in part] for part in (key, value))
-        cache = Cache(
-            tuple(a.at[owner, :, :, position].set(b, mode="drop") for a, b in zip(cache.key, keys, strict=True)),
-            tuple(a.at[owner, :, position].set(b, mode="drop") for a, b in zip(cache.value, values, strict=True)),
-            cache.position,
-        )
-        return jnp.asarray(last).at[ends].set(hidden, mode="drop"), cache
 
-    found = jax.lax.fori_loop(0, -(-used // lanes), read, (last_RD, cache))
-    return _copied(found, source_R, new_R & (source_R != jnp.arange(rows)), width)
+        def put(c: Any, found: Any) -> tuple[Array, Cache]:
+            """Into the c-th row with each prompt; padding, and what has no such row, is dropped."""
+            last, cache = found
+            row = jnp.where(group > 0, alike_RC[group - 1, c], rows)
+            slots = row, slice(None), position // block, slice(None), position % block
+            cache = Cache(
+                tuple(a.at[slots].set(b, mode="drop") for a, b in zip(cache.key, keys, strict=True)),
+                tuple(a.at[row, :, position].set(b, mode="drop") for a, b in zip(cache.value, values, strict=True)),
+                cache.position,
+            )
+            return last.at[jnp.where(position == length_R[group - 1] - 1, row, rows)].set(hidden, mode="drop"), cache
+
+        return jax.lax.fori_loop(0, most, put, found)
+
+    return jax.lax.fori_loop(0, -(-used // lanes), read, (last_RD, cache))
 
 
-def _sources(prompt_RP: Array, length_R: Array, known_R: Array, new_R: Array) -> Array:
-    """Which row each prompt is taken from: a known one with the same, else the first new one, which may be itself."""
+def _first_alike(prompt_RP: Array, length_R: Array, new_R: Array) -> Array:
+    """The first new row with the same prompt as each new row."""
     inside_RP = jnp.arange(prompt_RP.shape[1])[None] < length_R[:, None]
     tokens_RP = jnp.where(inside_RP, prompt_RP, -1)
-    same_RR = jnp.all(tokens_RP[:, None] == tokens_RP[None], axis=2)
-    known_RR, new_RR = same_RR & known_R[None], same_RR & new_R[None]
-    return jnp.where(jnp.any(known_RR, axis=1), jnp.argmax(known_RR, axis=1), jnp.argmax(new_RR, axis=1))
+    return jnp.argmax(jnp.all(tokens_RP[:, None] == tokens_RP[None], axis=2) & new_R[None], axis=1)
 
 
-def _copied(found: tuple[Array, Cache], source_R: Array, copied_R: Array, width: int) -> tuple[jax.Array, Cache]:
-    """Some rows' last hidden states and first ``width`` slots, each from its source; no work where there are none."""
-
-    def anew(part_R: Array) -> jax.Array:
-        return jnp.where(copied_R.reshape(-1, *[1] * (part_R.ndim - 1)), part_R[source_R], part_R)
-
-    def copy(_: Any, found: tuple[Array, Cache]) -> tuple[Array, Cache]:
-        last, cache = found
-        key = tuple(a.at[:, :, :, :width].set(anew(a[:, :, :, :width])) for a in cache.key)
-        value = tuple(a.at[:, :, :width].set(anew(a[:, :, :width])) for a in cache.value)
-        return anew(last), Cache(key, value, cache.position)
-
-    return jax.lax.fori_loop(0, jnp.any(copied_R).astype(jnp.int32), copy, found)
+def _alike(source_R: Array, new_R: Array) -> tuple[Array, Array]:
+    """[R, R], the rows whose source is each row, in order, filled up with R; and how many the most are."""
+    rows = len(source_R)
+    same_RR = (source_R[:, None] == source_R[None]) & new_R[None]
+    turn_R = jnp.sum(jnp.tril(same_RR, -1), axis=1)
+    place = jnp.where(new_R, source_R, rows), turn_R
+    alike_RC = jnp.full((rows, rows), rows).at[place].set(jnp.arange(rows), mode="drop")
+    return alike_RC, 1 + jnp.max(jnp.where(new_R, turn_R, 0))
 
 
 def _next_fit(length_R: Array, row_length: int) -> tuple[Array, Array]:

@@ -20,7 +20,6 @@ from dpo_jax.prefill import prefill
 from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params
 
-_ALIGNED = 16  # slots of the cache come in as many: products read rows of fp32 from where lines of 64 bytes begin
 _FREE = 4  # the next prompts are read when one of so many seats is free: together they fill a row, and few seats idle
 
 
@@ -57,20 +56,16 @@ class _Seats:
 
     Attributes:
       row_S: int32, which prompt sits there; R where none does.
-      prompt_SP: int32, its tokens.
-      length_S: int32, how many they are.
+      length_S: int32, tokens of the prompt.
       age_S: int32, how many tokens have been sampled after it.
-      last_SD: hidden states of the prompts' last tokens.
-      hidden_SD: of the latest tokens.
+      hidden_SD: hidden states of the latest tokens.
       cache: P slots for the seat's prompt, then T that all seats write to at the same time, one after the other, and
         then the first again: no answer has more tokens, so none is overwritten before its answer has ended.
     """
 
     row_S: jax.Array
-    prompt_SP: jax.Array
     length_S: jax.Array
     age_S: jax.Array
-    last_SD: jax.Array
     hidden_SD: jax.Array
     cache: Cache
 
@@ -169,18 +164,15 @@ class _Sampling:
 
     def _start(self) -> _State:
         count, slots, room = self._count, self._prompt_slots, self._limits.max_new_tokens
-        aligned = -(-(slots + room) // _ALIGNED) * _ALIGNED
-        cache = self._model.apply({"params": self._params}, count, aligned, method="empty_cache")
-        slot_T = jnp.arange(aligned)
-        cache = cache.replace(position=jnp.broadcast_to(jnp.where(slot_T < slots, slot_T, 0), (count, aligned)))
+        cache = self._model.apply({"params": self._params}, count, slots + room, method="empty_cache")
+        slot_ST = jnp.broadcast_to(jnp.arange(cache.position.shape[1]), cache.position.shape)
+        cache = cache.replace(position=jnp.where(slot_ST < slots, slot_ST, 0))
         c, none_S = self._model.config, jnp.zeros(count, jnp.int32)
         hidden_SD = jnp.zeros((count, c.width), c.output_dtype or c.dtype)
         seats = _Seats(
             row_S=jnp.full(count, self._rows),
-            prompt_SP=jnp.zeros((count, slots), jnp.int32),
             length_S=none_S,
             age_S=none_S,
-            last_SD=hidden_SD,
             hidden_SD=hidden_SD,
             cache=cache,
         )
@@ -200,26 +192,15 @@ class _Sampling:
         turn_S = state.taken + jnp.cumsum(~live_S) - 1
         new_S = ~live_S & (turn_S < self._answered)
         row_S = jnp.where(new_S, self._order_R[turn_S], seats.row_S)
-        prompt_SP = jnp.where(new_S[:, None], jnp.asarray(asked.prompt_RP)[row_S], seats.prompt_SP)
+        prompt_SP = jnp.asarray(asked.prompt_RP)[row_S]
         length_S = jnp.where(new_S, jnp.asarray(asked.length_R)[row_S], seats.length_S)
-        last_SD, cache = prefill(
-            self._model,
-            {"params": self._params},
-            prompt_SP,
-            length_S,
-            live_S,
-            new_S,
-            seats.last_SD,
-            seats.cache,
-            lanes=self._lanes,
-        )
+        variables, before = {"params": self._params}, (seats.hidden_SD, seats.cache)
+        hidden_SD, cache = prefill(self._model, variables, prompt_SP, length_S, new_S, *before, lanes=self._lanes)
         seats = _Seats(
             row_S=row_S,
-            prompt_SP=prompt_SP,
             length_S=length_S,
             age_S=jnp.where(new_S, 0, seats.age_S),
-            last_SD=last_SD,
-            hidden_SD=jnp.where(new_S[:, None], last_SD, seats.hidden_SD),
+            hidden_SD=hidden_SD,
             cache=cache,
         )
         clock = jnp.where(jnp.any(live_S), state.clock, 0)

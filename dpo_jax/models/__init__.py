@@ -1,6 +1,6 @@
 """Model families. To add one, write ``models/<family>.py`` over decoder.py, and add its line here.
 
-A family is a linen module ``(tokens, position, mask, cache, start) → (hidden, cache)`` with ``head()``, ``logit_cap``
+A family is a linen module ``(tokens, position, mask, cache, slot) → (hidden, cache)`` with ``head()``, ``logit_cap``
 and ``empty_cache(rows, slots)``; parameters are a plain nested dict.
 """
 

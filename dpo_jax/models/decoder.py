@@ -13,7 +13,7 @@ from flax import struct
 
 from dpo_jax.models.config import REMAT, DecoderConfig
 from dpo_jax.models.flash import flash
-from dpo_jax.models.layers import Cache, Dense, attend, extend, kept, take_rows
+from dpo_jax.models.layers import Cache, Dense, attend, empty_cache, extend, take_rows
 from dpo_jax.models.rope import rotate
 from dpo_jax.models.sight import Sight, Spans, find_spans
 from dpo_jax.models.splash import splash
@@ -44,14 +44,14 @@ class Context:
       distance_RQT: int32, how many positions the key is back; None when no layer has a window.
       cos: float32 [ropes, R, Q, E'/2]; None without rotary embeddings.
       sin: the same.
-      start: cache slot of the first token; None where rows are whole.
+      slot: of the cache, the token's; None where rows are whole.
     """
 
     sight: Array | Spans
     distance_RQT: Array | None
     cos: Array | None
     sin: Array | None
-    start: Array | int | None
+    slot: Array | int | None
 
     def seen(self, layer: Layer) -> Array:
         """bool [R, Q, T], which keys a token sees in a layer; of a context without Spans."""
@@ -111,7 +111,7 @@ class Decoder(nn.Module):
         position_RQ: Array,
         mask_RQT: Array | Sight,
         cache: Cache | None = None,
-        start: Array | int = 0,
+        slot: Array | int = 0,
     ) -> tuple[Array, Cache | None]:
         """Hidden states of Q tokens a row.
 
@@ -120,26 +120,28 @@ class Decoder(nn.Module):
           position_RQ: int32, each below ``context_length``.
           mask_RQT: bool, which of the T keys a token sees: those of its row (T = Q), or the slots of the cache; for
             whole rows also a Sight, which a kernel reads in its place.
-          cache: keys and values of earlier tokens; None when the row is whole.
-          start: cache slot of the first of these tokens.
+          cache: keys and values of earlier tokens, one (Q = 1) being read; None when the row is whole.
+          slot: of the cache, the one for this token.
 
         Returns:
-          (hidden [R, Q, D] after the final norm, the cache with these tokens in it).
+          (hidden [R, Q, D] after the final norm, the cache with this token in it).
         """
         if cache is None:
             return self._read(tokens_RQ, position_RQ, mask_RQT, None)
         assert not isinstance(mask_RQT, Sight), "a cache is looked at through a mask"
         layers, position_RT = self._layers(None), jnp.asarray(cache.position)
-        position_RT = jax.lax.dynamic_update_slice_in_dim(position_RT, position_RQ, start, 1)
-        context = self._context(position_RQ, position_RT, mask_RQT, layers, start)
+        position_RT = jax.lax.dynamic_update_slice_in_dim(position_RT, position_RQ, slot, 1)
+        context = self._context(position_RQ, position_RT, mask_RQT, layers, slot)
         x_RQD, stacked = self.blocks(self._embedded(tokens_RQ, position_RQ), _stacked(cache), layers, context)
         return self._normed(x_RQD), Cache(tuple(stacked.key), tuple(stacked.value), position_RT)
 
     def read(self, tokens_RL: Array, position_RL: Array, mask_RLL: Array) -> tuple[Array, Array, Array]:
         """Of whole rows, (hidden [R, L, D] after the final norm, keys [N, R, K, L, E], values of the same shape)."""
-        empty = _stacked(self.empty_cache(tokens_RL.shape[0], 0))
-        hidden, cache = self._read(tokens_RL, position_RL, mask_RLL, empty)
-        return hidden, cache.key.swapaxes(3, 4), cache.value
+        none = jnp.zeros(
+            (self.config.layers, 0)
+        )  # each layer gives its keys and values where there is something to keep
+        hidden, cache = self._read(tokens_RL, position_RL, mask_RLL, Cache(none, none))
+        return hidden, cache.key, cache.value
 
     def _read(self, tokens_RL: Array, position_RL: Array, sight: Array | Sight, cache: Cache | None) -> tuple:
         layers = self._layers(tokens_RL.shape[1])
@@ -166,10 +168,9 @@ class Decoder(nn.Module):
         return self.config.logit_cap
 
     def empty_cache(self, rows: int, slots: int) -> Cache:
-        """A cache for ``slots`` tokens a row."""
+        """A cache for at least ``slots`` tokens a row."""
         c = self.config
-        empty = kept(*[jnp.zeros((rows, slots, c.key_heads, c.size), c.dtype)] * 2)
-        return Cache((empty.key,) * c.layers, (empty.value,) * c.layers, jnp.zeros((rows, slots), jnp.int32))
+        return empty_cache(c.layers, rows, slots, c.key_heads, c.size, c.dtype)
 
     def _context(
         self,
@@ -177,14 +178,14 @@ class Decoder(nn.Module):
         key_position_RT: Array,
         sight: Array | Sight,
         layers: Layer,
-        start: Array | int | None = None,
+        slot: Array | int | None = None,
     ) -> Context:
         c = self.config
         distances = layers.window is not None and not isinstance(sight, Sight)
         distance = position_RQ[:, :, None] - key_position_RT[:, None, :] if distances else None
         angles = [rope.angles(position_RQ, c.size) for rope in c.ropes]
         cos, sin = (jnp.stack(part) for part in zip(*angles, strict=True)) if angles else (None, None)
-        return Context(find_spans(sight) if isinstance(sight, Sight) else sight, distance, cos, sin, start)
+        return Context(find_spans(sight) if isinstance(sight, Sight) else sight, distance, cos, sin, slot)
 
     def _layers(self, length: int | None) -> Layer:
         """[N] entries, for sequences of at most ``length`` tokens."""
@@ -240,13 +241,15 @@ def attend_and_keep(
     """Rotates queries and keys, attends, and keeps keys and values where there is a cache.
 
     Returns:
-      (what the heads saw side by side [R, Q, H·E], the cache with these tokens in it; of whole rows, theirs alone).
+      (what the heads saw side by side [R, Q, H·E], the cache with this token in it; of whole rows, theirs alone, both
+      [R, K, L, E]).
     """
     q, k = context.turn(q, layer), context.turn(k, layer)
-    if cache is None or context.start is None:
-        out, cache = _attend_row(config, q, k, v, layer, context), None if cache is None else kept(k, v)
+    if cache is None or context.slot is None:
+        out = _attend_row(config, q, k, v, layer, context)
+        cache = None if cache is None else Cache(k.swapaxes(1, 2), v.swapaxes(1, 2))
     else:
-        cache = extend(cache, kept(k, v), context.start)
+        cache = extend(cache, k, v, context.slot)
         out = attend(q, context.seen(layer), cache, scale=config.score_scale, cap=config.attention_cap)
     return out.reshape(*out.shape[:2], -1), cache
 
