@@ -22,8 +22,8 @@ import jax
 from absl import app, flags, logging
 
 from dpo_jax.hlo import computations
+from experiments.speed import sampling
 from experiments.speed.ours import Settings, Worker, matmul_rate
-from experiments.speed.sampling import OurSampler
 from experiments.speed.work import load, needed_flops, sampling_flops
 
 PASSES = ("reference", "forward", "backward")
@@ -149,7 +149,7 @@ def of_training(model: str, batches: str, row_length: int, dtype: str) -> str:
 def of_sampling(model: str, prompts: str, new_tokens: int, dtype: str) -> str:
     """The report of a batch of samples."""
     rows = json.loads(Path(prompts).read_text(encoding="utf-8"))
-    sample = OurSampler(model, rows, new_tokens, dtype)
+    sample = sampling.OurSampler(sampling.Settings(model, len(rows), new_tokens, (), dtype), rows)
     needed = sampling_flops(sample.config, list(map(len, rows)), new_tokens)
     return report(sample, sample.program.as_text(), of_samples, READINGS, needed, dtype)
 

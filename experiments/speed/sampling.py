@@ -1,6 +1,9 @@
-"""How fast answers are sampled, beside transformers' generate: the same prompts and weights, batch by batch in turns.
+"""How fast answers are sampled, beside transformers' generate: the same prompts and weights, in turns.
 
 python -m experiments.speed.sampling --model=runs/smollm2/hf --data=harmless-base-test.jsonl.gz --out=runs/sampling
+
+With --ends=30 --prompts=512 --new_tokens=256, answers end by themselves, as those of a trained model do: then generate
+goes on until the longest of a batch has ended, and ours answers the next prompt.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,25 @@ from experiments.speed.run import DEVICES, Process, trl_environment
 NOBODY = -1  # no token: answers end when there is no more room
 
 
+@dataclass(frozen=True)
+class Settings:
+    """Of sampling, on both sides.
+
+    Attributes:
+      model: a Hugging Face folder.
+      rows: prompts that are answered at a time.
+      new_tokens: most tokens of an answer.
+      ends: tokens any of which ends an answer; without any, all answers are as long as they may be.
+      dtype: of weights and products.
+    """
+
+    model: str
+    rows: int
+    new_tokens: int
+    ends: tuple[int, ...]
+    dtype: str
+
+
 def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
     """The first prompts of a file that have at most 128 tokens."""
     short = (pair.prompt.tolist() for pair in work.read_pairs(data, tokenizer) if len(pair.prompt) <= 128)
@@ -34,23 +57,21 @@ def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
 
 
 class OurSampler:
-    """Samples the same batch again and again, each time with other random numbers.
+    """Answers the same prompts again and again, each time with other random numbers.
 
     Args:
-      model_folder: a Hugging Face folder.
+      settings: of sampling.
       prompts: tokens of each.
-      new_tokens: how many are sampled for each.
-      dtype: of weights and products.
 
     Attributes:
       config: of the model.
       program: the compiled sampler.
     """
 
-    def __init__(self, model_folder: str, prompts: Sequence[Sequence[int]], new_tokens: int, dtype: str) -> None:
+    def __init__(self, settings: Settings, prompts: Sequence[Sequence[int]]) -> None:
         keep_freed_pages()  # as all that runs on the product's devices does
-        pretrained = open_pretrained(model_folder)
-        model = pretrained.model(dtype=jnp.dtype(dtype), unroll=1)
+        pretrained = open_pretrained(settings.model)
+        model = pretrained.model(dtype=jnp.dtype(settings.dtype), unroll=1)
         self.config = model.config
         self._params = jax.tree.map(jnp.asarray, pretrained.params(model))
         self._lengths_R = np.array(list(map(len, prompts)), np.int32)
@@ -58,7 +79,8 @@ class OurSampler:
         for row, prompt in zip(self._tokens_RP, prompts, strict=True):
             row[: len(prompt)] = prompt
         self._numbers = itertools.count()
-        sampler = make_sampler(model, max_new_tokens=new_tokens, eos=NOBODY)
+        limits = {"max_new_tokens": settings.new_tokens, "eos": settings.ends or NOBODY}
+        sampler = make_sampler(model, seats=settings.rows, **limits)
         self.program = jax.jit(sampler).lower(*self._arguments(0)).compile()
 
     def _arguments(self, number: int) -> tuple[Any, ...]:
@@ -67,21 +89,37 @@ class OurSampler:
         return self._params, self._tokens_RP, self._lengths_R, draws_R2, warmth_R
 
     def __call__(self) -> int:
-        """Samples a batch; its number of tokens."""
+        """Answers all prompts; the number of tokens."""
         return int(np.sum(self.program(*self._arguments(next(self._numbers))).length_R))
 
 
 def measure(sample: OurSampler, peer: Process, batches: int) -> dict[str, Any]:
-    """Tokens a second of both, in turns; the first batch of each is not counted."""
-    ours, theirs = [], []
+    """Tokens of all answers, and the seconds that they took, of both in turns; the first time is not counted."""
+    found: dict[str, Any] = {"ours": [], "transformers": []}
     for number in range(batches + 1):
         begin = time.perf_counter()
         tokens = sample()
-        ours.append(tokens / (time.perf_counter() - begin))
-        answer = peer.ask("sample")
-        theirs.append(answer["tokens"] / answer["seconds"])
-        logging.info("batch %d: ours %.1f tokens/s, transformers %.1f", number, ours[-1], theirs[-1])
-    return {"ours": ours[1:], "transformers": theirs[1:], "load": os.getloadavg()[0]}
+        found["ours"].append({"tokens": tokens, "seconds": time.perf_counter() - begin})
+        found["transformers"].append(peer.ask("sample"))
+        rates = ", ".join(f"{side} {last['tokens'] / last['seconds']:.1f}" for side, (*_, last) in found.items())
+        logging.info("batch %d: tokens/s of %s", number, rates)
+    return {side: counts[1:] for side, counts in found.items()} | {"load": os.getloadavg()[0]}
+
+
+def report(settings: Settings, prompts: Sequence[Sequence[int]], result: Mapping[str, Any]) -> str:
+    """What was measured, in words."""
+    total = {
+        side: {name: sum(batch[name] for batch in result[side]) for name in ("tokens", "seconds")}
+        for side in ("ours", "transformers")
+    }
+    ours, theirs = (side["tokens"] / side["seconds"] for side in total.values())
+    count = len(prompts) * len(result["ours"])
+    lengths = " and ".join(f"{side['tokens'] / count:.1f}" for side in total.values())
+    return (
+        f"{len(prompts)} prompts of up to {max(map(len, prompts))} tokens, {settings.rows} at a time, at most "
+        f"{settings.new_tokens} new tokens each ({lengths} on average), {settings.dtype}: ours {ours:.0f} tokens/s, "
+        f"transformers {theirs:.0f}, × {ours / theirs:.2f}; load {result['load']:.1f}."
+    )
 
 
 def main(_: Sequence[str]) -> None:
@@ -89,24 +127,19 @@ def main(_: Sequence[str]) -> None:
     options = flags.FLAGS
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
+    vocab = open_pretrained(options.model).model().config.vocab_size
+    ends = tuple(range(0, vocab, options.ends)) if options.ends else ()
+    settings = Settings(options.model, options.rows, options.new_tokens, ends, options.dtype)
     prompts = read_prompts(options.data, options.model, options.prompts)
     (out / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
     python = options.trl_python or trl_environment(out / "trl_environment")
     script = str(Path(__file__).with_name("generate_worker.py"))
-    settings = {"model": options.model, "prompts": str(out / "prompts.json")}
-    settings |= {"new_tokens": options.new_tokens, "dtype": options.dtype}
-    command = [python, script, json.dumps(settings)]
+    command = [python, script, json.dumps({"prompts": str(out / "prompts.json"), **asdict(settings)})]
     peer = Process("transformers", command, DEVICES["cpu"].environment, out / "workers.log")
-    sample = OurSampler(options.model, prompts, options.new_tokens, options.dtype)
-    result = measure(sample, peer, options.batches)
+    result = measure(OurSampler(settings, prompts), peer, options.batches)
     peer.end()
     (out / "sampling.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
-    ours, theirs = (float(np.mean(result[side])) for side in ("ours", "transformers"))
-    print(
-        f"{len(prompts)} prompts of up to {max(map(len, prompts))} tokens, {options.new_tokens} new tokens each, "
-        f"{options.dtype}: ours {ours:.0f} tokens/s, transformers {theirs:.0f}, × {ours / theirs:.2f}; "
-        f"load {result['load']:.1f}. Numbers are in {out / 'sampling.json'}."
-    )
+    print(report(settings, prompts, result), f"Numbers are in {out / 'sampling.json'}.")
 
 
 if __name__ == "__main__":
@@ -114,8 +147,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("data", None, "preference pairs, whose prompts are continued", required=True)
     flags.DEFINE_string("out", None, "where results and scratch files go", required=True)
     flags.DEFINE_string("trl_python", None, "interpreter with transformers and torch; None makes an environment")
-    flags.DEFINE_integer("prompts", 64, "prompts at a time")
-    flags.DEFINE_integer("new_tokens", 64, "tokens sampled for each")
-    flags.DEFINE_integer("batches", 3, "batches that count, after the first")
+    flags.DEFINE_integer("prompts", 64, "prompts that are answered, each time that is measured")
+    flags.DEFINE_integer("rows", 64, "prompts that are answered at a time")
+    flags.DEFINE_integer("new_tokens", 64, "most tokens of an answer")
+    flags.DEFINE_integer("ends", None, "one of so many tokens of the vocabulary ends an answer; None: none does")
+    flags.DEFINE_integer("batches", 3, "times that all prompts are answered and that count, after the first")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products of both")
     app.run(main)

@@ -177,7 +177,8 @@ def test_every_loss_takes_a_step(common: dict[str, object]) -> None:
 
 
 def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, object]) -> None:
-    sample = sampling.OurSampler(str(common["model"]), [[1, 2, 3], [4]], 5, "float32")
+    settings = sampling.Settings(str(common["model"]), 1, 5, (), "float32")
+    sample = sampling.OurSampler(settings, [[1, 2, 3], [4]])
     assert sample() == 2 * 5
 
 
