@@ -2,8 +2,8 @@
 
 python -m experiments.speed.sampling --model=runs/smollm2/hf --data=harmless-base-test.jsonl.gz --out=runs/sampling
 
-With --ends=30 --prompts=512 --new_tokens=256, answers end by themselves, as those of a trained model do: then generate
-goes on until the longest of a batch has ended, and ours answers the next prompt.
+With --ends="<|im_end|>,Human,Assistant" --new_tokens=256 --prompts=512, answers end where the model ends them or begins
+another turn: then generate goes on until the longest of 64 has ended, and ours answers the next prompt.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from absl import app, flags, logging
 
 from dpo_jax.allocator import keep_freed_pages
 from dpo_jax.convert.pretrained import open_pretrained
+from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.sampling import make_sampler, row_draws
 from experiments.speed import work
 from experiments.speed.run import DEVICES, Process, trl_environment
@@ -54,6 +55,18 @@ def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
     """The first prompts of a file that have at most 128 tokens."""
     short = (pair.prompt.tolist() for pair in work.read_pairs(data, tokenizer) if len(pair.prompt) <= 128)
     return list(itertools.islice(short, count))
+
+
+def token_ids(tokenizer: str, tokens: Sequence[str]) -> tuple[int, ...]:
+    """The numbers of tokens.
+
+    Raises:
+      ValueError: the tokenizer has no such token.
+    """
+    vocabulary = open_tokenizer(tokenizer).get_vocab()
+    if unknown := [token for token in tokens if token not in vocabulary]:
+        raise ValueError(f"--ends: {unknown[0]!r} is no token of {tokenizer}; name tokens as its vocabulary does")
+    return tuple(vocabulary[token] for token in tokens)
 
 
 class OurSampler:
@@ -93,17 +106,17 @@ class OurSampler:
         return int(np.sum(self.program(*self._arguments(next(self._numbers))).length_R))
 
 
-def measure(sample: OurSampler, peer: Process, batches: int) -> dict[str, Any]:
-    """Tokens of all answers, and the seconds that they took, of both in turns; the first time is not counted."""
+def measure(sample: OurSampler, peer: Process, warm: int, batches: int) -> dict[str, Any]:
+    """Tokens of all answers, and the seconds that they took, of both in turns; the ``warm`` first are left out."""
     found: dict[str, Any] = {"ours": [], "transformers": []}
-    for number in range(batches + 1):
+    for number in range(warm + batches):
         begin = time.perf_counter()
         tokens = sample()
         found["ours"].append({"tokens": tokens, "seconds": time.perf_counter() - begin})
         found["transformers"].append(peer.ask("sample"))
         rates = ", ".join(f"{side} {last['tokens'] / last['seconds']:.1f}" for side, (*_, last) in found.items())
         logging.info("batch %d: tokens/s of %s", number, rates)
-    return {side: counts[1:] for side, counts in found.items()} | {"load": os.getloadavg()[0]}
+    return {side: counts[warm:] for side, counts in found.items()} | {"load": os.getloadavg()[0]}
 
 
 def report(settings: Settings, prompts: Sequence[Sequence[int]], result: Mapping[str, Any]) -> str:
@@ -127,8 +140,7 @@ def main(_: Sequence[str]) -> None:
     options = flags.FLAGS
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    vocab = open_pretrained(options.model).model().config.vocab_size
-    ends = tuple(range(0, vocab, options.ends)) if options.ends else ()
+    ends = token_ids(options.model, options.ends)
     settings = Settings(options.model, options.rows, options.new_tokens, ends, options.dtype)
     prompts = read_prompts(options.data, options.model, options.prompts)
     (out / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
@@ -136,7 +148,7 @@ def main(_: Sequence[str]) -> None:
     script = str(Path(__file__).with_name("generate_worker.py"))
     command = [python, script, json.dumps({"prompts": str(out / "prompts.json"), **asdict(settings)})]
     peer = Process("transformers", command, DEVICES["cpu"].environment, out / "workers.log")
-    result = measure(OurSampler(settings, prompts), peer, options.batches)
+    result = measure(OurSampler(settings, prompts), peer, options.warm, options.batches)
     peer.end()
     (out / "sampling.json").write_text(json.dumps(result) + "\n", encoding="utf-8")
     print(report(settings, prompts, result), f"Numbers are in {out / 'sampling.json'}.")
@@ -150,7 +162,8 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prompts", 64, "prompts that are answered, each time that is measured")
     flags.DEFINE_integer("rows", 64, "prompts that are answered at a time")
     flags.DEFINE_integer("new_tokens", 64, "most tokens of an answer")
-    flags.DEFINE_integer("ends", None, "one of so many tokens of the vocabulary ends an answer; None: none does")
-    flags.DEFINE_integer("batches", 3, "times that all prompts are answered and that count, after the first")
+    flags.DEFINE_list("ends", [], "tokens any of which ends an answer; without any, all are as long as they may be")
+    flags.DEFINE_integer("warm", 1, "times that all prompts are answered before it counts")
+    flags.DEFINE_integer("batches", 3, "times that all prompts are answered and that count")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products of both")
     app.run(main)
