@@ -57,16 +57,10 @@ def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
     return list(itertools.islice(short, count))
 
 
-def token_ids(tokenizer: str, tokens: Sequence[str]) -> tuple[int, ...]:
-    """The numbers of tokens.
-
-    Raises:
-      ValueError: the tokenizer has no such token.
-    """
-    vocabulary = open_tokenizer(tokenizer).get_vocab()
-    if unknown := [token for token in tokens if token not in vocabulary]:
-        raise ValueError(f"--ends: {unknown[0]!r} is no token of {tokenizer}; name tokens as its vocabulary does")
-    return tuple(vocabulary[token] for token in tokens)
+def first_tokens(tokenizer: str, words: Sequence[str]) -> tuple[int, ...]:
+    """The token that each word begins with."""
+    opened = open_tokenizer(tokenizer)
+    return tuple(opened.encode(word, add_special_tokens=False)[0] for word in words)
 
 
 class OurSampler:
@@ -140,7 +134,7 @@ def main(_: Sequence[str]) -> None:
     options = flags.FLAGS
     out = Path(options.out).absolute()
     out.mkdir(parents=True, exist_ok=True)
-    ends = token_ids(options.model, options.ends)
+    ends = first_tokens(options.model, options.ends)
     settings = Settings(options.model, options.rows, options.new_tokens, ends, options.dtype)
     prompts = read_prompts(options.data, options.model, options.prompts)
     (out / "prompts.json").write_text(json.dumps(prompts), encoding="utf-8")
@@ -162,7 +156,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("prompts", 64, "prompts that are answered, each time that is measured")
     flags.DEFINE_integer("rows", 64, "prompts that are answered at a time")
     flags.DEFINE_integer("new_tokens", 64, "most tokens of an answer")
-    flags.DEFINE_list("ends", [], "tokens any of which ends an answer; without any, all are as long as they may be")
+    flags.DEFINE_list("ends", [], "words whose first tokens end an answer; without any, all are as long as may be")
     flags.DEFINE_integer("warm", 1, "times that all prompts are answered before it counts")
     flags.DEFINE_integer("batches", 3, "times that all prompts are answered and that count")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products of both")
