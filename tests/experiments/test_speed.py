@@ -13,7 +13,7 @@ import pytest
 
 from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.layouts import Shape
-from dpo_jax.data.tokenizer import train_tokenizer
+from dpo_jax.data.tokenizer import save_tokenizer, train_tokenizer
 from dpo_jax.flops import dot_flops, inner_programs
 from dpo_jax.models import init_params, make_model
 from dpo_jax.trees import parameter_count
@@ -180,6 +180,31 @@ def test_as_many_tokens_are_sampled_as_there_is_room_for(common: dict[str, objec
     settings = sampling.Settings(str(common["model"]), 1, 5, (), "float32")
     sample = sampling.OurSampler(settings, [[1, 2, 3], [4]])
     assert sample() == 2 * 5
+
+
+def test_answers_end_at_the_tokens_that_words_begin_with(common: dict[str, object], tmp_path: Path) -> None:
+    tokenizer = train_tokenizer(["so good a film", "so bad a film"] * 3, 272)
+    save_tokenizer(tokenizer, tmp_path)
+    ends = sampling.first_tokens(str(tmp_path), ["so bad", tokenizer.eos_token])
+    assert ends == (tokenizer.encode("so", add_special_tokens=False)[0], tokenizer.eos_token_id)
+    everything = sampling.Settings(str(common["model"]), 1, 5, tuple(range(VOCAB)), "float32")
+    assert sampling.OurSampler(everything, [[1, 2, 3], [4]])() == 2
+
+
+def test_sampling_is_reported_by_all_its_tokens_and_seconds() -> None:
+    """Not by a mean of rates, and without what came before it counted."""
+
+    class Peer:
+        def ask(self, _: str) -> dict[str, float]:
+            return {"tokens": 40, "seconds": 4.0}
+
+    counts = iter([10**9, 30, 50])
+    result = sampling.measure(lambda: next(counts), Peer(), warm=1, batches=2)  # type: ignore[arg-type]
+    assert [batch["tokens"] for batch in result["ours"]] == [30, 50] and len(result["transformers"]) == 2
+    result["ours"] = [{"tokens": 30, "seconds": 3.0}, {"tokens": 50, "seconds": 1.0}]
+    said = sampling.report(sampling.Settings("", 64, 256, (), "float32"), [[1, 2]] * 4, result)
+    assert "4 prompts of up to 2 tokens, 64 at a time, at most 256 new tokens each (10.0 and 10.0 on average)" in said
+    assert "ours 20 tokens/s, transformers 10, × 2.00" in said
 
 
 def test_a_breakdown_says_what_the_sampler_does(common: dict[str, object], tmp_path: Path) -> None:
