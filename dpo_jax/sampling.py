@@ -20,7 +20,9 @@ from dpo_jax.prefill import prefill
 from dpo_jax.sharding import constrain
 from dpo_jax.types import Array, Params
 
-_FREE = 4  # the next prompts are read when one of so many seats is free: together they fill a row, and few seats idle
+# Every fourth seat: when so many are free, the next prompts are read, since together they fill a row, and few seats
+# have idled; when no more are in use, and nobody waits, the others are left out.
+_FEW = 4
 
 
 @struct.dataclass
@@ -147,6 +149,7 @@ class _Sampling:
     ) -> None:
         self._model, self._params, self._limits = model, params, limits
         self._asked, self._count, self._lanes = asked, seats, lanes
+        self._few = min(seats, -(-seats // (_FEW * lanes)) * lanes)
         self._rows, self._prompt_slots = np.shape(asked.prompt_RP)
         self._order_R = jnp.argsort(asked.length_R == 0, stable=True)
         self._answered = jnp.sum(asked.length_R > 0)
@@ -155,12 +158,16 @@ class _Sampling:
         self._head_VD = model.apply({"params": params}, method="head")
 
     def run(self) -> Samples:
-        """Until all prompts are answered: seats them, then adds tokens until others can be seated."""
+        """Seats prompts and adds tokens until others can be seated; the last few answers go on by themselves."""
+
+        def many(state: _State) -> jax.Array:
+            return (state.taken < self._answered) | (jnp.sum(_live(state)) > self._few)
 
         def with_others(state: Any) -> Any:
-            return jax.lax.while_loop(lambda s: _busy(s) & ~self._waits(s), self._with_a_token, self._seated(state))
+            return jax.lax.while_loop(lambda s: many(s) & ~self._waits(s), self._with_a_token, self._seated(state))
 
-        return jax.lax.while_loop(lambda s: _busy(s) | self._waits(s), with_others, self._start()).samples
+        state = jax.lax.while_loop(many, with_others, self._start())
+        return jax.lax.while_loop(lambda s: jnp.any(_live(s)), self._with_a_token, self._closed_up(state)).samples
 
     def _start(self) -> _State:
         count, slots, room = self._count, self._prompt_slots, self._limits.max_new_tokens
@@ -176,7 +183,7 @@ class _Sampling:
             hidden_SD=hidden_SD,
             cache=cache,
         )
-        seats = jax.tree.map(lambda a: constrain(a, "rows", *[None] * (a.ndim - 1)), seats)
+        seats = _over_devices(seats)
         token_RT, none_R = jnp.zeros((self._rows, room), jnp.int32), jnp.zeros(self._rows, jnp.int32)
         samples = Samples(token_RT, token_RT.astype(jnp.float32), none_R, none_R.astype(bool))
         return _State(seats, jnp.int32(0), jnp.int32(0), samples)
@@ -184,7 +191,12 @@ class _Sampling:
     def _waits(self, state: _State) -> jax.Array:
         """Whether prompts wait that can be seated: all that are left, or as many as are read together."""
         left, free = self._answered - state.taken, jnp.sum(~_live(state))
-        return (left > 0) & (free >= jnp.minimum(left, -(-self._count // _FREE)))
+        return (left > 0) & (free >= jnp.minimum(left, self._few))
+
+    def _closed_up(self, state: _State) -> _State:
+        """As few seats as are still in use."""
+        kept = jnp.argsort(~_live(state), stable=True)[: self._few]
+        return dataclasses.replace(state, seats=_over_devices(jax.tree.map(lambda a: a[kept], state.seats)))
 
     def _seated(self, state: _State) -> _State:
         """The next prompts in the seats that are free, and read."""
@@ -262,8 +274,8 @@ def _live(state: _State) -> jax.Array:
     return state.seats.row_S < len(state.samples.length_R)
 
 
-def _busy(state: _State) -> jax.Array:
-    return jnp.any(_live(state))
+def _over_devices(seats: _Seats) -> _Seats:
+    return jax.tree.map(lambda a: constrain(a, "rows", *[None] * (a.ndim - 1)), seats)
 
 
 def _with(array: Any, values: jax.Array, *place: jax.Array) -> jax.Array:

@@ -229,11 +229,12 @@ def test_a_prompt_without_tokens_is_not_answered() -> None:
 
 def test_seats_are_hardly_ever_empty(monkeypatch) -> None:
     """64 prompts in 8 seats: as many steps as there are tokens for every seat, but for those that wait to be a quarter
-    of the seats, and for the last answers. One batch after the other takes as many as the longest of each."""
+    of the seats, and for the last answers, the last two of which have two seats. One batch after the other takes as
+    many as the longest of each."""
     reads, read = [], sampling._Sampling._read
 
     def counted(self, token, seats, clock):
-        jax.debug.callback(lambda _: reads.append(1), clock)
+        jax.debug.callback(lambda token: reads.append(len(token)), token)
         return read(self, token, seats, clock)
 
     monkeypatch.setattr(sampling._Sampling, "_read", counted)
@@ -244,3 +245,4 @@ def test_seats_are_hardly_ever_empty(monkeypatch) -> None:
     jax.effects_barrier()
     in_batches = lengths.reshape(-1, seats).max(axis=1).sum()
     assert lengths.sum() / seats <= len(reads) <= lengths.sum() / seats / 0.75 + room < in_batches
+    assert set(reads) == {seats, seats // 4} and lengths.sum() <= sum(reads)
