@@ -254,7 +254,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", None, "draw among the likeliest tokens that add up to this")
     flags.DEFINE_integer("max_new_tokens", None, "room for an answer; the run's answer_length by default")
     flags.DEFINE_integer("seed", 0, "of the draws")
-    flags.DEFINE_integer("rows", 16, "answers that are sampled at a time")
+    flags.DEFINE_integer("rows", 16, "answers that are sampled at a time; the next begins where one has ended")
     flags.DEFINE_string("out", None, "JSONL file; <workdir>/samples/compared.jsonl by default")
 
     def _main(_: list[str]) -> None:
