@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import flax.linen as nn
@@ -131,7 +130,7 @@ def make_sampler(
     return sample
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Limits:
     """Of an answer, and of what its tokens are drawn from."""
 
@@ -176,17 +175,10 @@ class _Sampling:
         cache = cache.replace(position=jnp.where(slot_ST < slots, slot_ST, 0))
         c, none_S = self._model.config, jnp.zeros(count, jnp.int32)
         hidden_SD = jnp.zeros((count, c.width), c.output_dtype or c.dtype)
-        seats = _Seats(
-            row_S=jnp.full(count, self._rows),
-            length_S=none_S,
-            age_S=none_S,
-            hidden_SD=hidden_SD,
-            cache=cache,
-        )
-        seats = _over_devices(seats)
+        seats = _Seats(jnp.full(count, self._rows), none_S, none_S, hidden_SD, cache)
         token_RT, none_R = jnp.zeros((self._rows, room), jnp.int32), jnp.zeros(self._rows, jnp.int32)
         samples = Samples(token_RT, token_RT.astype(jnp.float32), none_R, none_R.astype(bool))
-        return _State(seats, jnp.int32(0), jnp.int32(0), samples)
+        return _State(_over_devices(seats), jnp.int32(0), jnp.int32(0), samples)
 
     def _waits(self, state: _State) -> jax.Array:
         """Whether prompts wait that can be seated: all that are left, or as many as are read together."""
@@ -208,13 +200,7 @@ class _Sampling:
         length_S = jnp.where(new_S, jnp.asarray(asked.length_R)[row_S], seats.length_S)
         variables, before = {"params": self._params}, (seats.hidden_SD, seats.cache)
         hidden_SD, cache = prefill(self._model, variables, prompt_SP, length_S, new_S, *before, lanes=self._lanes)
-        seats = _Seats(
-            row_S=row_S,
-            length_S=length_S,
-            age_S=jnp.where(new_S, 0, seats.age_S),
-            hidden_SD=hidden_SD,
-            cache=cache,
-        )
+        seats = _Seats(row_S, length_S, jnp.where(new_S, 0, seats.age_S), hidden_SD, cache)
         clock = jnp.where(jnp.any(live_S), state.clock, 0)
         return _State(seats, state.taken + jnp.sum(new_S), clock, state.samples)
 
@@ -262,9 +248,9 @@ class _Sampling:
         sampled_ST = (slot_1T < slots + room) & (back_1T <= seats.age_S[:, None])
         mask_ST = jnp.where(slot_1T < slots, slot_1T < seats.length_S[:, None], sampled_ST)
         stacked = self._params | {"blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *self._layers)}
-        position_S1, start = (seats.length_S + seats.age_S)[:, None], slots + clock % room
+        position_S1, slot = (seats.length_S + seats.age_S)[:, None], slots + clock % room
         hidden_SQD, cache = unrolled(self._model).apply(
-            {"params": stacked}, token_S[:, None], position_S1, mask_ST[:, None], seats.cache, start
+            {"params": stacked}, token_S[:, None], position_S1, mask_ST[:, None], seats.cache, slot
         )
         return hidden_SQD[:, 0], cache
 
@@ -275,6 +261,7 @@ def _live(state: _State) -> jax.Array:
 
 
 def _over_devices(seats: _Seats) -> _Seats:
+    """Split over the devices of a mesh, where there is one."""
     return jax.tree.map(lambda a: constrain(a, "rows", *[None] * (a.ndim - 1)), seats)
 
 
