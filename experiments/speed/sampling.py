@@ -58,9 +58,10 @@ def read_prompts(data: str, tokenizer: str, count: int) -> list[list[int]]:
 
 
 def first_tokens(tokenizer: str, words: Sequence[str]) -> tuple[int, ...]:
-    """The token that each word begins with."""
+    """The token that each word is, or begins with; in a text, special tokens may be written like others."""
     opened = open_tokenizer(tokenizer)
-    return tuple(opened.encode(word, add_special_tokens=False)[0] for word in words)
+    known = opened.get_vocab()
+    return tuple(known[w] if w in known else opened.encode(w, add_special_tokens=False)[0] for w in words)
 
 
 class OurSampler:
