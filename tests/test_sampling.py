@@ -204,13 +204,18 @@ def test_prompts_that_wait_for_a_seat_are_answered_as_they_are_alone(family: str
     model = tiny_model() if family == "gpt2" else windowed_model()
     params, (tokens, lengths) = tiny_params(model), _prompts(24)
     tokens[7], lengths[7] = tokens[5], lengths[5]
-    alone = _draw((model, params, jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ENDS))), 24, 3)[2]
-    some = _draw((model, params, jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ENDS, seats=seats))), 24, 3)[2]
+    samplers = (jax.jit(make_sampler(model, max_new_tokens=ROOM, eos=ENDS, seats=n)) for n in (None, seats))
+    alone, some = (_draw((model, params, s), 24, 3, prompts=(tokens, lengths))[2] for s in samplers)
     assert len(np.unique(alone.length_R)) > 3 and 0 < np.mean(alone.ended_R) < 1, "answers must end at all times"
     for name in ("tokens_RT", "length_R", "ended_R"):
         np.testing.assert_array_equal(getattr(some, name), getattr(alone, name))
     # Sums over slots in another order: fp32 rounding of scores of up to ten nats.
     np.testing.assert_allclose(some.logp_RT, alone.logp_RT, atol=1e-5)
+    answers = [make_answer(np.asarray(row[:n])) for row, n in zip(some.tokens_RT, some.length_R, strict=True)]
+    examples = [Example(i, tokens[i, : lengths[i]], (answer,)) for i, answer in enumerate(answers)]
+    scores = jit_score(model, params, concatenated(examples, Shape(1, 5, ROOM)), (1, 1), 16).sum[:, 0, 0]
+    # Two programs over the same weights: fp32 rounding of sums of up to seven terms of up to 10 nats.
+    np.testing.assert_allclose(np.asarray(some.logp_RT).sum(1), scores, atol=1e-4)
 
 
 def test_a_prompt_without_tokens_is_not_answered() -> None:

@@ -137,9 +137,7 @@ class Decoder(nn.Module):
 
     def read(self, tokens_RL: Array, position_RL: Array, mask_RLL: Array) -> tuple[Array, Array, Array]:
         """Of whole rows, (hidden [R, L, D] after the final norm, keys [N, R, K, L, E], values of the same shape)."""
-        none = jnp.zeros(
-            (self.config.layers, 0)
-        )  # each layer gives its keys and values where there is something to keep
+        none = jnp.zeros((self.config.layers, 0))  # a layer that is given a cache gives its keys and values
         hidden, cache = self._read(tokens_RL, position_RL, mask_RLL, Cache(none, none))
         return hidden, cache.key, cache.value
 
