@@ -25,7 +25,8 @@ from dpo_jax.losses.objective import Objective, check_data
 from dpo_jax.models import as_read, logical_axes, param_shapes, triton
 from dpo_jax.models.sight import LONGEST
 from dpo_jax.optim import AdamW
-from dpo_jax.parallel import DataParallel, MeshParallel, Parallel, copied
+from dpo_jax.parallel import DataParallel, MeshParallel, Parallel
+from dpo_jax.placing import copied
 from dpo_jax.sharding import mesh_shape
 from dpo_jax.start import make_start_model
 from dpo_jax.state import Axis, Hyper, StepConfig, TrainState

@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from dpo_jax import buckets
-from dpo_jax.data.layouts import LAYOUTS
+from dpo_jax.limits import check_values
 from dpo_jax.lora import Adapter
 from dpo_jax.losses.objective import Objective, make_objective
-from dpo_jax.models import FAMILIES
-from dpo_jax.models.config import REMAT
-from dpo_jax.optim import SCHEDULES
-from dpo_jax.rewards import REWARDS
-
-MODES = ("pmap", "mesh")
-KERNELS = ("auto", "dense", "splash", "triton", "cudnn")
 
 
 @dataclass(frozen=True)
@@ -288,59 +280,61 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _check(c: Config) -> None:
-    _check_ranges(c)
-    for path, value, known in (
-        ("model.family", c.model.family, FAMILIES),
-        ("model.dtype", c.model.dtype, ("float32", "bfloat16")),
-        ("model.param_dtype", c.model.param_dtype, ("float32", "bfloat16")),
-        ("model.output_dtype", c.model.output_dtype, (None, "float32", "bfloat16")),
-        ("model.attention", c.model.attention, KERNELS),
-        ("model.remat", c.model.remat, REMAT),
-        ("data.layout", c.data.layout, LAYOUTS),
-        ("optim.schedule", c.optim.schedule, SCHEDULES),
-        ("checkpoint.best", c.checkpoint.best, ("min", "max")),
-        ("checkpoint.on_damage", c.checkpoint.on_damage, ("fall_back", "stop")),
-        ("parallel.mode", c.parallel.mode, MODES),
-        ("eval.reward", c.eval.reward, REWARDS),
-        ("prefer.reward", c.prefer.reward, REWARDS),
-    ):
-        if value not in known:
-            raise ValueError(f"config.{path} is {value!r}; known: {', '.join(map(str, known))}")
-    if (c.train.steps is None) == (c.train.epochs is None):
-        raise ValueError(
-            "set exactly one of config.train.steps and config.train.epochs; they are "
-            f"{c.train.steps} and {c.train.epochs}"
-        )
-    own_sizes = c.init.hf is None  # else those of the model that is read are checked as it is
-    if own_sizes and (c.model.layers % c.model.unroll or c.model.width % c.model.heads):
+    check_values(dataclasses.asdict(c))
+    objective, _ = c.objective()  # losses know their own names and numbers
+    _check_sizes(c)
+    _check_data(c)
+    _check_train(c)
+    _check_reference(c, objective)
+    _check_lora(c)
+
+
+def _check_sizes(c: Config) -> None:
+    if c.init.hf is not None:
+        return  # those of the model that is read are checked as it is
+    if c.model.layers % c.model.unroll or c.model.width % c.model.heads:
         raise ValueError(
             f"config.model: unroll {c.model.unroll} must divide layers {c.model.layers}, and heads {c.model.heads} "
             f"must divide width {c.model.width}"
         )
+    longest = c.data.prompt_length + c.data.answer_length
+    if longest > c.model.context_length:
+        raise ValueError(
+            f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
+            f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"
+        )
+
+
+def _check_data(c: Config) -> None:
+    buckets.local(c.data.dir, "config.data.dir")
     if c.data.prompt_answers is not None and c.data.layout != "packed":
         raise ValueError(
             f"config.data.prompt_answers is {c.data.prompt_answers}, and rows of the layout {c.data.layout!r} hold one "
             "example: set config.data.layout=packed, or leave config.data.prompt_answers unset"
         )
-    buckets.local(c.data.dir, "config.data.dir")
-    buckets.local(c.reference.store or "", "config.reference.store")
-    longest = c.data.prompt_length + c.data.answer_length
-    if own_sizes and longest > c.model.context_length:
+
+
+def _check_train(c: Config) -> None:
+    if (c.train.steps is None) == (c.train.epochs is None):
         raise ValueError(
-            f"sequences of up to {longest} tokens (config.data.prompt_length + config.data.answer_length) do not fit "
-            f"into config.model.context_length {c.model.context_length}; shorten the former or raise the latter"
+            "set exactly one of config.train.steps and config.train.epochs; they are "
+            f"{c.train.steps} and {c.train.epochs}"
         )
     mesh = c.parallel
     if mesh.mode == "pmap" and (mesh.data, mesh.fsdp, mesh.tensor) != (None, 1, 1):
         raise ValueError("config.parallel.data, fsdp and tensor are the axes of a mesh: set config.parallel.mode=mesh")
-    _check_lora(c)
-    objective, _ = c.objective()
-    if c.reference.store is not None and not objective.needs_reference:
+
+
+def _check_reference(c: Config, objective: Objective) -> None:
+    if c.reference.store is None:
+        return
+    buckets.local(c.reference.store, "config.reference.store")
+    if not objective.needs_reference:
         raise ValueError(
             f"config.reference.store is set, but loss {c.loss.name!r} reads no reference: there is nothing to store; "
             "leave config.reference.store unset"
         )
-    if c.reference.store is not None and c.reference.sync_every is not None:
+    if c.reference.sync_every is not None:
         raise ValueError(
             "config.reference.store keeps the log-probabilities of a reference that stands still, and with "
             f"config.reference.sync_every {c.reference.sync_every} it moves: leave one of the two unset"
@@ -359,49 +353,3 @@ def _check_lora(c: Config) -> None:
             "config.reference.sync_every moves the reference, and with config.lora.rank that is the frozen base of the "
             "adapters: the policy would move with it. Unset one of them"
         )
-
-
-# Numbers that may be 0; all others are above it.
-_MAY_BE_ZERO = {
-    "seed",
-    "data.mixture_seed",
-    "data.flip",
-    "optim.warmup_steps",
-    "optim.weight_decay",
-    "optim.b1",
-    "optim.b2",
-    "eval.examples",
-    "eval.prompts",
-    "prefer.eval_prompts",
-    "train.max_skipped",
-    "lora.dropout",
-}
-# Shares: (the largest value, whether it is allowed).
-_AT_MOST = {
-    "optim.b1": (1.0, False),
-    "optim.b2": (1.0, False),
-    "reference.sync_rate": (1.0, True),
-    "lora.dropout": (1.0, False),
-    "data.flip": (1.0, True),
-}
-
-
-def _check_ranges(c: Config) -> None:
-    """Checks every number but the losses' own, whose ranges are their business."""
-    for path, value in _numbers(dataclasses.asdict(c)):
-        most, closed = _AT_MOST.get(path, (math.inf, False))
-        low = value >= 0 if path in _MAY_BE_ZERO else value > 0
-        high = value <= most if closed else value < most
-        if not (low and high):
-            least = "0 or more" if path in _MAY_BE_ZERO else "more than 0"
-            bound = "" if most == math.inf else f" and {'at most' if closed else 'below'} {most:g}"
-            raise ValueError(f"config.{path} is {value}; expected {least}{bound}")
-
-
-def _numbers(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, int | float]]:
-    for key, value in values.items():
-        name = f"{path}.{key}" if path else key
-        if isinstance(value, Mapping) and name != "loss":
-            yield from _numbers(value, name)
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield name, value

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpo_jax.ahead import Begun, Prepared
 from dpo_jax.allocator import keep_freed_pages
+from dpo_jax.placing import gathered, is_one_number, own_rows, place, placed_copy, row_groups
 from dpo_jax.sharding import AXES, ROWS, Names, Placement
 from dpo_jax.state import ALONE, Axis
 
@@ -61,7 +62,7 @@ class DataParallel:
 
         def begin(params: Any, *rows: Any) -> Begun[Any]:
             out = mapped(params, *(self._split(r) for r in rows))
-            return Begun(lambda: jax.tree.map(_own_rows, out))
+            return Begun(lambda: jax.tree.map(own_rows, out))
 
         return begin
 
@@ -208,7 +209,7 @@ class MeshParallel:
         self.axis = Axis(parts=self.parts)
         self.placement = Placement(axes, shape)
         self.traces: collections.Counter[str] = collections.Counter()
-        self._own_parts, self.process = _row_groups(grid.reshape(self.parts, -1))
+        self._own_parts, self.process = row_groups(grid.reshape(self.parts, -1))
 
     def train_step(self, step: Callable[..., Any]) -> Prepared:
         """Compiles (state, batch, hyper) → (state, metrics); the state's buffers are reused."""
@@ -225,7 +226,7 @@ class MeshParallel:
         rows_sharding = self._sharding(PartitionSpec(ROWS))
 
         def begin(params: Any, *rows: Any) -> Begun[Any]:
-            out = compiled(params, *jax.tree.map(lambda a: _place(a, rows_sharding), rows))
+            out = compiled(params, *jax.tree.map(lambda a: place(a, rows_sharding), rows))
             return Begun(lambda: jax.tree.map(np.asarray, out))
 
         return begin
@@ -236,11 +237,11 @@ class MeshParallel:
 
     def replicate(self, tree: Any) -> Any:
         """Places a tree; each device gets its part. What lies there already stays. Processes must hold the same."""
-        return jax.tree.map(_place, tree, self.shardings(tree))
+        return jax.tree.map(place, tree, self.shardings(tree))
 
     def unreplicate(self, tree: Any) -> Any:
         """All parts put together, on the host."""
-        return jax.tree.map(_whole, tree)
+        return jax.tree.map(gathered, tree)
 
     def once(self, tree: Any) -> Any:
         """Each array once, to be saved: as it lies over the devices; nothing is moved."""
@@ -333,18 +334,6 @@ def _counted(fn: Callable[..., Any], name: str, traces: collections.Counter[str]
     return counted
 
 
-def _own_rows(mapped: jax.Array) -> np.ndarray:
-    """What this process's devices have computed, joined in their order."""
-    shards = sorted(mapped.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data)[0] for shard in shards])
-
-
-def _whole(array: jax.Array) -> np.ndarray:
-    """All parts put together. What each device holds whole is read as it is: to gather it, a program would stand in
-    line behind the next step, and whoever looks at a step's numbers would wait for that one."""
-    return np.asarray(array) if array.is_fully_replicated else multihost_utils.process_allgather(array, tiled=True)
-
-
 def _prepare(devices: Sequence[jax.Device]) -> None:
     if devices[0].platform == "cpu":
         keep_freed_pages()
@@ -355,79 +344,15 @@ def _on_each(tree: Any, devices: Sequence[jax.Device], axis: str) -> Any:
     sharding = NamedSharding(Mesh(np.array(devices), (axis,)), PartitionSpec(axis))
     fill = jax.jit(jnp.full, static_argnums=0, out_shardings=sharding)
 
-    def place(leaf: Any) -> jax.Array:
+    def spread(leaf: Any) -> jax.Array:
         shape = (len(devices), *np.shape(leaf))
-        return fill(shape, leaf.flat[0]) if _is_one_number(leaf) else _copied(leaf, shape, sharding)
+        return fill(shape, leaf.flat[0]) if is_one_number(leaf) else placed_copy(leaf, shape, sharding)
 
-    return jax.tree.map(place, tree)
-
-
-def _is_one_number(leaf: Any) -> bool:
-    """Whether numpy broadcasts one number: it is filled in where it is to lie, without a whole array on the way."""
-    return isinstance(leaf, np.ndarray) and leaf.size > 1 and not any(leaf.strides)
-
-
-def _copied(array: Any, shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """A copy of an array in devices' own memory: steps write to what they are given."""
-    if isinstance(array, jax.Array):
-        return jax.device_put(jnp.broadcast_to(array, shape), sharding, may_alias=False)
-    array = np.asarray(array)  # once: each time, a number that is no array would lie somewhere else
-    placed = jax.device_put(np.broadcast_to(array, shape), sharding, may_alias=False)
-    if sharding.mesh.devices.flat[0].platform != "cpu":
-        return placed
-    # CPUs take numpy's memory as it lies all the same where it is aligned; a step, which cannot write to that, would
-    # copy it. One array after the other: copies are begun sooner than they are made, and would lie in memory twice.
-    jax.block_until_ready(placed)
-    lent = placed.addressable_data(0).unsafe_buffer_pointer() == array.ctypes.data
-    return jax.block_until_ready(jax.device_put(placed, sharding, may_alias=False)) if lent else placed
-
-
-def copied(tree: Any) -> Any:
-    """A copy of arrays: of those over several devices on these, of others on the host."""
-
-    def copy(array: Any) -> Any:
-        if not isinstance(array, jax.Array) or len(array.sharding.device_set) == 1:
-            return np.array(array)
-        parts = [jnp.copy(part.data) for part in array.addressable_shards]
-        return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
-
-    return jax.tree.map(copy, tree)
+    return jax.tree.map(spread, tree)
 
 
 def _shaped(array: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
-
-
-def _place(array: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(array, jax.Array) and array.sharding == sharding:
-        return array
-    if isinstance(array, jax.Array) and jax.dtypes.issubdtype(array.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_place(jax.random.key_data(array), sharding), impl=jax.random.key_impl(array))
-    array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def _row_groups(grid: np.ndarray) -> tuple[list[int], tuple[int, int]]:
-    """Which parts of a batch this process's devices hold, and its (index, count) among groups of processes.
-
-    Args:
-      grid: devices, [parts, devices that hold the same part].
-
-    Raises:
-      ValueError: processes hold parts that overlap without being the same.
-    """
-    parts: dict[int, set[int]] = {}
-    for part, devices in enumerate(grid):
-        for device in devices:
-            parts.setdefault(device.process_index, set()).add(part)
-    groups = sorted({tuple(sorted(own)) for own in parts.values()})
-    if sum(map(len, groups)) != len(grid) or len({len(group) for group in groups}) != 1:
-        raise ValueError(
-            f"the mesh of {len(grid)} row parts × {grid.shape[1]} devices splits rows unevenly over {len(parts)} "
-            "processes: choose parallel.tensor so that it divides the devices of a process, or is a multiple of them"
-        )
-    own = tuple(sorted(parts.get(jax.process_index(), set(groups[0]))))
-    return list(own), (groups.index(own), len(groups))
 
 
 def check_divides(batch_size: int, micro_batches: int, devices: int) -> None:

@@ -42,7 +42,7 @@ from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Compilations, Meter
 from dpo_jax.models import param_shapes
 from dpo_jax.opened import OpenedRun
-from dpo_jax.parallel import copied
+from dpo_jax.placing import copied
 from dpo_jax.profile import FOLDER as PROFILE_FOLDER
 from dpo_jax.profile import Profile
 from dpo_jax.progress import Progress, duration

@@ -20,6 +20,7 @@ from absl import logging
 from dpo_jax.data import packing
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
+from dpo_jax.data.mismatched import mismatch, mismatched_shape
 from dpo_jax.types import PreferenceBatch, TokenBatch
 
 _VERSION = 4  # of the order of examples: change it when the same seed gives other batches
@@ -376,38 +377,3 @@ def source_fingerprint(source: Source) -> str:
             digest.update(np.asarray(answer.tokens, np.int32).tobytes())
             digest.update(np.asarray(answer.weights, np.float32).tobytes())
     return digest.hexdigest()
-
-
-def mismatched_shape(shape: Shape) -> Shape:
-    """What the batch of mismatched examples is promised to be; its packed rows have an eighth more room.
-
-    They add up to about what the batch's own take, but are not planned to fill as many rows: of batches of four full
-    rows of HH-harmless (512, 768 and 2,048 positions), 2 to 8 % would fit into four, 93 to 100 % fit into such four.
-    """
-
-    def roomier(count: int) -> int:
-        return count + -(-count // 8)
-
-    shape = replace(shape, with_prompt=False)
-    if shape.row_length is None:
-        return shape
-    return replace(shape, row_length=roomier(shape.row_length), row_examples=roomier(shape.row_examples))
-
-
-def mismatch(examples: Sequence[Example]) -> list[Example]:
-    """Each prompt with the answers of another example: those of the next one with another prompt, in the order of uids.
-
-    So which answers meet which prompt depends on the examples of the batch, not on their order in it. Where all prompts
-    are the same there is no mismatched answer, and the next example is taken as it is.
-
-    With uids and prompts (5, "a"), (2, "b"), (9, "a"): the order is 2, 5, 9; 2 "b" gets the answers of 5, 5 "a" those
-    of 2 (9 has its own prompt), and 9 "a" those of 2.
-    """
-    order = sorted(range(len(examples)), key=lambda i: examples[i].uid)
-    prompts = [examples[i].prompt.tobytes() for i in order]
-    donors = {}
-    for place, i in enumerate(order):
-        ring = [(place + shift) % len(order) for shift in range(1, len(order))]
-        other = next((p for p in ring if prompts[p] != prompts[place]), (place + 1) % len(order))
-        donors[i] = order[other]
-    return [replace(e, answers=examples[donors[i]].answers, family=None) for i, e in enumerate(examples)]

@@ -21,7 +21,7 @@ from dpo_jax.data.example import Example
 from dpo_jax.data.files import find_files
 from dpo_jax.data.formats import parse_row
 from dpo_jax.data.layouts import LAYOUTS, Shape
-from dpo_jax.data.pipeline import mismatch
+from dpo_jax.data.mismatched import mismatch
 from dpo_jax.data.preparation import Reader
 from dpo_jax.data.tokenizer import train_tokenizer
 from dpo_jax.logprobs import score

@@ -22,7 +22,7 @@ from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.data import packing
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows, split_targets
-from dpo_jax.data.pipeline import mismatch, mismatched_shape
+from dpo_jax.data.mismatched import mismatch, mismatched_shape
 from dpo_jax.logprobs import target_scores
 from dpo_jax.losses.objective import make_objective
 from dpo_jax.models import as_read, param_shapes

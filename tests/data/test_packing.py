@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dpo_jax.data import packing
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
-from dpo_jax.data.pipeline import mismatch
+from dpo_jax.data.mismatched import mismatch
 from dpo_jax.losses import LOSSES
 from dpo_jax.types import PreferenceBatch
 from tests.tiny import make_answer, random_examples, ranked_examples, setup
