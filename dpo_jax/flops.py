@@ -170,7 +170,7 @@ def _body(model: nn.Module, params: Params, batch: TokenBatch, forwards: int) ->
 
     def hidden(trained: Params, frozen: Params, row: TokenBatch) -> Any:
         variables = {"params": lora.join(frozen, trained)}
-        return model.apply(variables, row.tokens_RL, row.position_RL, sight(model, row))[0]
+        return model.apply(variables, row.tokens_RL, row.position_RL, sight(model, row))
 
     def both(trained: Params, frozen: Params, row: TokenBatch) -> Any:
         out, pull_back = jax.vjp(lambda p: hidden(p, frozen, row), trained)

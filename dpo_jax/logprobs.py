@@ -62,7 +62,7 @@ def target_scores(
     variables = {"params": params}
     mask = sight(model, batch)
     rngs = None if dropout_key is None else {"dropout": dropout_key}
-    hidden_RLD, _ = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
+    hidden_RLD = model.apply(variables, batch.tokens_RL, batch.position_RL, mask, rngs=rngs)
     hidden_RMD = constrain(jax.vmap(take_rows)(hidden_RLD, jnp.asarray(batch.source_RM)), "rows", None, "embed")
     head_VD = model.apply(variables, method="head")
     # Padding has weight 0 and source 0; a turn that is left out has weight 0 too, but is scored for the store.

@@ -14,6 +14,7 @@ from flax import struct
 
 from dpo_jax.drawing import draw_token, keep_likeliest, likeliest_token
 from dpo_jax.models import unrolled
+from dpo_jax.models.decoder import Context
 from dpo_jax.models.layers import Cache, project
 from dpo_jax.prefill import prefill
 from dpo_jax.sharding import constrain
@@ -80,12 +81,14 @@ class _State:
       taken: int32, prompts that have been given a seat.
       clock: int32, tokens of each seat since all of them were last free.
       samples: what has been sampled.
+      context: in which the layers read the next tokens.
     """
 
     seats: _Seats
     taken: jax.Array
     clock: jax.Array
     samples: Samples
+    context: Context
 
 
 def make_sampler(
@@ -178,7 +181,7 @@ class _Sampling:
         seats = _Seats(jnp.full(count, self._rows), none_S, none_S, hidden_SD, cache)
         token_RT, none_R = jnp.zeros((self._rows, room), jnp.int32), jnp.zeros(self._rows, jnp.int32)
         samples = Samples(token_RT, token_RT.astype(jnp.float32), none_R, none_R.astype(bool))
-        return _State(_over_devices(seats), jnp.int32(0), jnp.int32(0), samples)
+        return self._ready(_over_devices(seats), jnp.int32(0), jnp.int32(0), samples)
 
     def _waits(self, state: _State) -> jax.Array:
         """Whether prompts wait that can be seated: all that are left, or as many as are read together."""
@@ -188,7 +191,8 @@ class _Sampling:
     def _closed_up(self, state: _State) -> _State:
         """As few seats as are still in use."""
         kept = jnp.argsort(~_live(state), stable=True)[: self._few]
-        return dataclasses.replace(state, seats=_over_devices(jax.tree.map(lambda a: a[kept], state.seats)))
+        seats = _over_devices(jax.tree.map(lambda a: a[kept], state.seats))
+        return self._ready(seats, state.taken, state.clock, state.samples)
 
     def _seated(self, state: _State) -> _State:
         """The next prompts in the seats that are free, and read."""
@@ -202,7 +206,7 @@ class _Sampling:
         hidden_SD, cache = prefill(self._model, variables, prompt_SP, length_S, new_S, *before, lanes=self._lanes)
         seats = _Seats(row_S, length_S, jnp.where(new_S, 0, seats.age_S), hidden_SD, cache)
         clock = jnp.where(jnp.any(live_S), state.clock, 0)
-        return _State(seats, state.taken + jnp.sum(new_S), clock, state.samples)
+        return self._ready(seats, state.taken + jnp.sum(new_S), clock, state.samples)
 
     def _with_a_token(self, state: _State) -> _State:
         """Another token in every seat; those without a prompt sample too, and nobody keeps it."""
@@ -216,7 +220,7 @@ class _Sampling:
             length_R=_with(samples.length_R, age_S + 1, row_S),
             ended_R=_with(samples.ended_R, ended_S, row_S),
         )
-        hidden_SD, cache = self._read(token_S, seats, state.clock)
+        hidden_SD, cache = self._read(token_S, seats, state.context)
         goes_on_S = _live(state) & ~ended_S & (age_S + 1 < self._limits.max_new_tokens)
         seats = dataclasses.replace(
             seats,
@@ -225,7 +229,7 @@ class _Sampling:
             hidden_SD=hidden_SD,
             cache=cache,
         )
-        return _State(seats, state.taken, state.clock + 1, samples)
+        return self._ready(seats, state.taken, state.clock + 1, samples)
 
     def _drawn(self, seats: _Seats) -> tuple[jax.Array, jax.Array]:
         """A token for each seat, and its log-probability."""
@@ -240,24 +244,33 @@ class _Sampling:
         taken_S = jnp.take_along_axis(logits_SV, token_S[:, None], axis=1)[:, 0]
         return token_S, taken_S - jax.nn.logsumexp(logits_SV, axis=1)
 
-    def _read(self, token_S: jax.Array, seats: _Seats, clock: jax.Array) -> tuple[jax.Array, Cache]:
+    def _read(self, token_S: jax.Array, seats: _Seats, context: Context) -> tuple[jax.Array, Cache]:
         """Hidden states of the tokens, and the cache with them in it."""
+        stacked = self._params | {"blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *self._layers)}
+        arguments = token_S[:, None], _position(seats), seats.cache, context
+        hidden_S1D, cache = unrolled(self._model).apply({"params": stacked}, *arguments, method="follow")
+        return hidden_S1D[:, 0], cache
+
+    def _ready(self, seats: _Seats, taken: jax.Array, clock: jax.Array, samples: Samples) -> _State:
+        """A state in which the seats' next tokens can be read."""
         slots, room = self._prompt_slots, self._limits.max_new_tokens
         slot_1T = jnp.arange(seats.cache.value[0].shape[2])[None]
         back_1T = (clock - (slot_1T - slots)) % room  # how many tokens ago all seats wrote to a slot
         sampled_ST = (slot_1T < slots + room) & (back_1T <= seats.age_S[:, None])
         mask_ST = jnp.where(slot_1T < slots, slot_1T < seats.length_S[:, None], sampled_ST)
-        stacked = self._params | {"blocks": jax.tree.map(lambda *parts: jnp.stack(parts), *self._layers)}
-        position_S1, slot = (seats.length_S + seats.age_S)[:, None], slots + clock % room
-        hidden_SQD, cache = unrolled(self._model).apply(
-            {"params": stacked}, token_S[:, None], position_S1, mask_ST[:, None], seats.cache, slot
-        )
-        return hidden_SQD[:, 0], cache
+        arguments = _position(seats), mask_ST[:, None], seats.cache, slots + clock % room
+        cache, context = self._model.apply({"params": self._params}, *arguments, method="prepare")
+        return _State(dataclasses.replace(seats, cache=cache), taken, clock, samples, context)
 
 
 def _live(state: _State) -> jax.Array:
     """bool [S], seats with a prompt."""
     return state.seats.row_S < len(state.samples.length_R)
+
+
+def _position(seats: _Seats) -> jax.Array:
+    """int32 [S, 1], of the next tokens."""
+    return (seats.length_S + seats.age_S)[:, None]
 
 
 def _over_devices(seats: _Seats) -> _Seats:

@@ -43,7 +43,7 @@ def test_answers_are_scored_as_the_sum_over_their_own_tokens() -> None:
         tokens = np.concatenate([example.prompt, answer.tokens])[None]
         length = tokens.shape[1]
         mask = np.tril(np.ones((1, length, length), bool))
-        hidden, _ = model.apply({"params": params}, tokens, np.arange(length)[None], mask)
+        hidden = model.apply({"params": params}, tokens, np.arange(length)[None], mask)
         logits = np.asarray(hidden[0] @ params["token_embedding"].T, np.float64)
         logp = log_softmax(logits, axis=-1)
         start = len(example.prompt)

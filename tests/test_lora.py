@@ -96,7 +96,7 @@ def test_a_layer_adds_scale_times_a_b_where_the_pattern_says() -> None:
     @jax.jit
     def logits(joined, merged, key):
         def one(module, params, **rngs):
-            hidden, _ = module.apply({"params": params}, tokens, tokens, mask, **rngs)
+            hidden = module.apply({"params": params}, tokens, tokens, mask, **rngs)
             return project(hidden, module.apply({"params": params}, method="head"), None)
 
         plain = lora.with_adapter(model, None)

@@ -39,7 +39,7 @@ def test_shared_rows_give_what_each_prompt_gives_alone(model, row_length: int, l
     position, mask = np.arange(tokens.shape[1])[None], np.tril(np.ones((1, tokens.shape[1], tokens.shape[1]), bool))
     for r, n in enumerate(lengths):
         hidden, key, value = alone(params, tokens[r : r + 1], position, mask)
-        _assert_rounded(hidden, apply(params, tokens[r : r + 1], position, mask)[0])
+        _assert_rounded(hidden, apply(params, tokens[r : r + 1], position, mask))
         _assert_rounded(last[r], hidden[0, n - 1])
         for found, expected in ((_by_slot(cache.key), key), (np.stack(cache.value), value)):
             _assert_rounded(found[:, r, :, :n], expected[:, 0, :, :n])

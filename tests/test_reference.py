@@ -272,7 +272,7 @@ def test_the_reference_pass_scores_in_rows_like_those_of_the_run(pairs: Path) ->
     found = {e.uid: logps for e, logps in run(iter(dataset.train))}
     assert parallel.traces == {"reference": 1}
     assert len(found) == len(dataset.train)
-    forward = jax.jit(lambda t, p, m: model.apply({"params": params}, t, p, m)[0])
+    forward = jax.jit(lambda t, p, m: model.apply({"params": params}, t, p, m))
     head = np.asarray(model.apply({"params": params}, method="head"), np.float64)
     length = config.data.prompt_length + config.data.answer_length
     mask = np.tril(np.ones((1, length, length), bool))

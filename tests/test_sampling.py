@@ -12,6 +12,7 @@ from dpo_jax import sampling
 from dpo_jax.data.example import Example
 from dpo_jax.data.layouts import Shape, concatenated
 from dpo_jax.drawing import draw_token, keep_likeliest, likeliest_token
+from dpo_jax.models import make_model
 from dpo_jax.sampling import make_sampler, row_draws
 from tests.tiny import VOCAB, jit_score, make_answer, tiny_model, tiny_params, windowed_model
 
@@ -90,7 +91,7 @@ def test_first_tokens_follow_the_models_distribution(sampler) -> None:
     tokens, lengths, out = _draw(sampler, rows, seed=7, prompts=prompts)
     length = lengths[0]
     mask = np.tril(np.ones((1, length, length), bool))
-    hidden, _ = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
+    hidden = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
     logits = np.asarray(hidden[0, -1] @ params["token_embedding"].T, np.float64)
     p = np.exp(logits - logits.max())
     p /= p.sum()
@@ -150,7 +151,7 @@ def test_a_temperature_of_0_takes_the_likeliest_token(sampler) -> None:
     np.testing.assert_array_equal(greedy.tokens_RT, again.tokens_RT)
     length = lengths[0]
     mask = np.tril(np.ones((1, length, length), bool))
-    hidden, _ = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
+    hidden = model.apply({"params": params}, tokens[:1, :length], np.arange(length)[None], mask)
     assert int(greedy.tokens_RT[0, 0]) == int(np.argmax(hidden[0, -1] @ params["token_embedding"].T))
 
 
@@ -251,3 +252,16 @@ def test_seats_are_hardly_ever_empty(monkeypatch) -> None:
     in_batches = lengths.reshape(-1, seats).max(axis=1).sum()
     assert lengths.sum() / seats <= len(reads) <= lengths.sum() / seats / 0.75 + room < in_batches
     assert set(reads) == {seats, seats // 4} and lengths.sum() <= sum(reads)
+
+
+def test_angles_are_computed_once_for_all_layers() -> None:
+    """Left to itself, XLA puts their cosines into the product of each layer's scores, once for each block of keys."""
+
+    def cosines(layers: int) -> int:
+        sizes = {"width": 16, "layers": layers, "heads": 2, "mlp_width": 24, "context_length": 32, "vocab_size": VOCAB}
+        model, (tokens, lengths) = make_model("llama", sizes), _prompts(8)
+        arguments = tokens, lengths, row_draws(0, np.arange(8)), np.ones(8, np.float32)
+        sample = make_sampler(model, max_new_tokens=ROOM, eos=EOS, seats=4)
+        return jax.jit(sample).lower(tiny_params(model), *arguments).compile().as_text().count(" cosine(")
+
+    assert cosines(layers=4) == cosines(layers=2) > 0

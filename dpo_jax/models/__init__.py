@@ -1,7 +1,7 @@
 """Model families. To add one, write ``models/<family>.py`` over decoder.py, and add its line here.
 
-A family is a linen module ``(tokens, position, mask, cache, slot) → (hidden, cache)`` with ``head()``, ``logit_cap``
-and ``empty_cache(rows, slots)``; parameters are a plain nested dict.
+A family is a linen module ``(tokens, position, mask) → hidden`` with ``head()`` and ``logit_cap``, and for sampling
+``empty_cache``, ``read``, ``prepare`` and ``follow``; parameters are a plain nested dict.
 """
 
 from __future__ import annotations

@@ -105,41 +105,45 @@ class Decoder(nn.Module):
         values = self.param(name, init, (rows, self.config.width), self.config.param_dtype)
         return constrain(values, *axes, rules=PARAMETERS)
 
-    def __call__(
-        self,
-        tokens_RQ: Array,
-        position_RQ: Array,
-        mask_RQT: Array | Sight,
-        cache: Cache | None = None,
-        slot: Array | int = 0,
-    ) -> tuple[Array, Cache | None]:
-        """Hidden states of Q tokens a row.
+    def __call__(self, tokens_RL: Array, position_RL: Array, mask_RLL: Array | Sight) -> Array:
+        """Hidden states [R, L, D] of whole rows, after the final norm.
 
         Args:
-          tokens_RQ: int32.
-          position_RQ: int32, each below ``context_length``.
-          mask_RQT: bool, which of the T keys a token sees: those of its row (T = Q), or the slots of the cache; for
-            whole rows also a Sight, which a kernel reads in its place.
-          cache: keys and values of earlier tokens, one (Q = 1) being read; None when the row is whole.
-          slot: of the cache, the one for this token.
-
-        Returns:
-          (hidden [R, Q, D] after the final norm, the cache with this token in it).
+          tokens_RL: int32.
+          position_RL: int32, each below ``context_length``.
+          mask_RLL: bool, which tokens of its row a token sees; or a Sight, which a kernel reads in its place.
         """
-        if cache is None:
-            return self._read(tokens_RQ, position_RQ, mask_RQT, None)
-        assert not isinstance(mask_RQT, Sight), "a cache is looked at through a mask"
-        layers, position_RT = self._layers(None), jnp.asarray(cache.position)
-        position_RT = jax.lax.dynamic_update_slice_in_dim(position_RT, position_RQ, slot, 1)
-        context = self._context(position_RQ, position_RT, mask_RQT, layers, slot)
-        x_RQD, stacked = self.blocks(self._embedded(tokens_RQ, position_RQ), _stacked(cache), layers, context)
-        return self._normed(x_RQD), Cache(tuple(stacked.key), tuple(stacked.value), position_RT)
+        return self._read(tokens_RL, position_RL, mask_RLL, None)[0]
 
     def read(self, tokens_RL: Array, position_RL: Array, mask_RLL: Array) -> tuple[Array, Array, Array]:
-        """Of whole rows, (hidden [R, L, D] after the final norm, keys [N, R, K, L, E], values of the same shape)."""
+        """Of whole rows, (hidden [R, L, D], keys [N, R, K, L, E], values of the same shape)."""
         none = jnp.zeros((self.config.layers, 0))  # a layer that is given a cache gives its keys and values
         hidden, cache = self._read(tokens_RL, position_RL, mask_RLL, Cache(none, none))
         return hidden, cache.key, cache.value
+
+    def prepare(self, position_R1: Array, mask_R1T: Array, cache: Cache, slot: Array | int) -> tuple[Cache, Context]:
+        """What ``follow`` needs to read the next token of each row, which need not be known yet.
+
+        In a loop over tokens this belongs to the turn before: else XLA computes it in each layer anew, cosines and all.
+
+        Args:
+          position_R1: int32, each below ``context_length``.
+          mask_R1T: bool, which slots of the cache the token sees, its own among them.
+          cache: keys and values of earlier tokens.
+          slot: of the cache, the one for this token.
+
+        Returns:
+          (the cache with the token's position in it, what all layers share).
+        """
+        position_RT = jax.lax.dynamic_update_slice_in_dim(jnp.asarray(cache.position), position_R1, slot, 1)
+        context = self._context(position_R1, position_RT, mask_R1T, self._layers(None), slot)
+        return Cache(cache.key, cache.value, position_RT), context
+
+    def follow(self, tokens_R1: Array, position_R1: Array, cache: Cache, context: Context) -> tuple[Array, Cache]:
+        """(hidden states [R, 1, D] of the next tokens, the cache with them in it), of what ``prepare`` has given."""
+        layers, x_R1D = self._layers(None), self._embedded(tokens_R1, position_R1)
+        x_R1D, stacked = self.blocks(x_R1D, _stacked(cache), layers, context)
+        return self._normed(x_R1D), Cache(tuple(stacked.key), tuple(stacked.value), cache.position)
 
     def _read(self, tokens_RL: Array, position_RL: Array, sight: Array | Sight, cache: Cache | None) -> tuple:
         layers = self._layers(tokens_RL.shape[1])

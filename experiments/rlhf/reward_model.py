@@ -64,7 +64,7 @@ def rewards(model: nn.Module, params: Params, rows: Rows) -> Array:
     position_RL = jnp.broadcast_to(jnp.arange(rows.tokens_RL.shape[1]), rows.tokens_RL.shape)
     group_RL = (position_RL < rows.length_R[:, None]).astype(jnp.int32)
     mask_RLL = training_mask(group_RL, jnp.zeros_like(group_RL))
-    hidden_RLD, _ = model.apply({"params": params["body"]}, rows.tokens_RL, position_RL, mask_RLL)
+    hidden_RLD = model.apply({"params": params["body"]}, rows.tokens_RL, position_RL, mask_RLL)
     last_RD = jnp.take_along_axis(hidden_RLD, (rows.length_R - 1)[:, None, None], axis=1)[:, 0]
     return last_RD.astype(jnp.float32) @ params["head"]["kernel"]
 

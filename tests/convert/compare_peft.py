@@ -61,7 +61,7 @@ def logits(model: nn.Module, params: Params, seed: int) -> np.ndarray:
     mask = np.tril(np.ones((1, tokens.shape[1], tokens.shape[1]), bool))
 
     def apply(params: Params) -> jax.Array:
-        hidden, _ = model.apply({"params": params}, tokens, position, mask)
+        hidden = model.apply({"params": params}, tokens, position, mask)
         return project(hidden, model.apply({"params": params}, method="head"), model.logit_cap)
 
     return np.asarray(jax.jit(apply)(params))[0, -cases.SHOWN_POSITIONS :, cases.SHOWN_VOCAB]

@@ -58,7 +58,7 @@ def _score(model, params, tokens, real):
     position = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
     length = tokens.shape[1]
     mask = jnp.tril(jnp.ones((1, length, length), bool)) & (real > 0)[:, None, :]
-    hidden, _ = model.apply(variables, tokens, position, mask)
+    hidden = model.apply(variables, tokens, position, mask)
     head = model.apply(variables, method="head")
     logp = token_scores(hidden[:, :-1], head, tokens[:, 1:], 16, model.logit_cap).logp
     counted = real[:, 1:] * real[:, :-1]

@@ -76,7 +76,7 @@ def test_remat_changes_memory_and_not_numbers() -> None:
     for remat in REMAT:
         model = _tiny("llama", remat=remat)
         found[remat] = _score_and_gradient(model, params, batch)
-        lowered = jax.make_jaxpr(jax.grad(lambda p, m=model: m.apply({"params": p}, *_inputs())[0].sum()))(params)
+        lowered = jax.make_jaxpr(jax.grad(lambda p, m=model: m.apply({"params": p}, *_inputs()).sum()))(params)
         text[remat] = str(lowered)
     for remat in REMAT:
         for a, b in zip(jax.tree.leaves(found[remat]), jax.tree.leaves(found["none"]), strict=True):
@@ -95,9 +95,7 @@ def test_half_precision_is_kept_as_bits(family: str) -> None:
     """Written among all layers' as it is, CPUs widen it and all those of other layers."""
     model = _tiny(family, dtype=jnp.bfloat16, remat="dots", layers=7)
     shapes = param_shapes(model)
-    text = str(
-        jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, *_inputs())[0].astype(float).sum()))(shapes)
-    )
+    text = str(jax.make_jaxpr(jax.grad(lambda p: model.apply({"params": p}, *_inputs()).astype(float).sum()))(shapes))
     assert "u16[7," in text and "bf16[7," not in text
 
 
@@ -133,12 +131,12 @@ def test_dtypes_are_what_the_config_says(family: str) -> None:
     model = _tiny(family, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, output_dtype=jnp.float32)
     params = jax.jit(lambda: init_params(model, jax.random.key(0)))()
     assert {leaf.dtype for leaf in named_leaves(params).values()} == {np.dtype(jnp.bfloat16)}
-    hidden, _ = jax.jit(model.apply)({"params": params}, *_inputs())
+    hidden = jax.jit(model.apply)({"params": params}, *_inputs())
     assert hidden.dtype == jnp.float32
     half = _tiny(family, dtype=jnp.bfloat16)
     params = jax.eval_shape(lambda: init_params(half, jax.random.key(0)))
     assert {leaf.dtype for leaf in named_leaves(params).values()} == {np.dtype(np.float32)}
-    assert jax.eval_shape(half.apply, {"params": params}, *_inputs())[0].dtype == jnp.bfloat16
+    assert jax.eval_shape(half.apply, {"params": params}, *_inputs()).dtype == jnp.bfloat16
     assert half.empty_cache(1, 3).key[0].dtype == jnp.bfloat16
 
 

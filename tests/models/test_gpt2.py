@@ -36,7 +36,7 @@ def test_gradients_flow_only_along_the_mask() -> None:
     mask = training_mask(GROUP, BRANCH)
 
     def hidden(embedding):
-        return model.apply({"params": {**params, "token_embedding": embedding}}, tokens, POSITION, mask)[0][0].sum(-1)
+        return model.apply({"params": {**params, "token_embedding": embedding}}, tokens, POSITION, mask)[0].sum(-1)
 
     # Summing over the width would hide that the final norm makes sums constant: weigh the norm unevenly.
     params["final_norm"]["norm"]["scale"] = jnp.linspace(0.5, 1.5, model.config.width)
@@ -67,12 +67,13 @@ def test_a_cache_gives_the_same_hidden_states(length: int) -> None:
     tokens = np.random.default_rng(1).integers(0, VOCAB, (3, length)).astype(np.int32)
     position = np.broadcast_to(np.arange(length), tokens.shape)
     mask = np.tril(np.ones((length, length), bool))[None].repeat(3, 0)
-    whole, _ = jax.jit(model.apply)(params, tokens, position, mask)
+    whole = jax.jit(model.apply)(params, tokens, position, mask)
     cache = model.apply(params, 3, length, method="empty_cache")
     seen = np.pad(mask, ((0, 0), (0, 0), (0, cache.position.shape[1] - length)))
-    step = jax.jit(model.apply)
+    prepare, follow = (jax.jit(functools.partial(model.apply, method=name)) for name in ("prepare", "follow"))
     for t in range(length):
-        hidden, cache = step(params, tokens[:, t : t + 1], position[:, t : t + 1], seen[:, t : t + 1], cache, t)
+        cache, context = prepare(params, position[:, t : t + 1], seen[:, t : t + 1], cache, t)
+        hidden, cache = follow(params, tokens[:, t : t + 1], position[:, t : t + 1], cache, context)
         # The same products in matrices of other shapes: fp32 rounding of states of size 1.
         np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=4e-6)
 
@@ -83,12 +84,12 @@ def test_unrolling_layers_changes_nothing(unroll: int) -> None:
     params = tiny_params(model)
     tokens = np.arange(6, dtype=np.int32)[None]
     mask = np.tril(np.ones((1, 6, 6), bool))
-    got, _ = jax.jit(model.apply)({"params": params}, tokens, tokens, mask)
+    got = jax.jit(model.apply)({"params": params}, tokens, tokens, mask)
     layers = [jax.tree.map(lambda p, i=i: p[i], params["blocks"]) for i in range(2)]
     swapped = {**params, "blocks": jax.tree.map(lambda *p: jnp.stack(p), *reversed(layers))}
-    other, _ = jax.jit(model.apply)({"params": swapped}, tokens, tokens, mask)
+    other = jax.jit(model.apply)({"params": swapped}, tokens, tokens, mask)
     assert np.abs(got - other).max() > 1e-3, "the layers must differ for this test to mean something"
-    reference, _ = jax.jit(tiny_model(unroll=1).apply)({"params": params}, tokens, tokens, mask)
+    reference = jax.jit(tiny_model(unroll=1).apply)({"params": params}, tokens, tokens, mask)
     np.testing.assert_allclose(got, reference, atol=1e-6)
 
 
