@@ -154,3 +154,15 @@ def test_columns_without_a_target_are_not_computed() -> None:
         hidden, head, np.zeros((1, 8), np.int32), 2, None, np.arange(8) < 3
     )
     np.testing.assert_allclose(scores.logp[0], [-np.log(VOCAB)] * 3 + [np.nan] + [0.0] * 4, rtol=1e-6)
+
+
+def test_the_head_is_read_as_it_lies() -> None:
+    """In half precision CPUs copied it, [V, D], into transposed order before each loop over chunks."""
+    hidden, head = jnp.ones((2, 12, 24), jnp.bfloat16), jnp.ones((VOCAB, 24), jnp.bfloat16)
+    target, used = np.zeros((2, 12), np.int32), np.arange(12)
+
+    def total(hidden, head, last):
+        return token_scores(hidden, head, target, 4, None, used < last).logp.sum()
+
+    text = jax.jit(jax.grad(total, (0, 1))).lower(hidden, head, 7).compile().as_text()
+    assert f"bf16[{VOCAB},24]" in text and f"bf16[24,{VOCAB}]" not in text

@@ -60,8 +60,8 @@ class Bigram(nn.Module):
         self.token_embedding = self.param("token_embedding", nn.initializers.normal(1.0), (VOCAB, 8))
         self.head_matrix = self.param("kernel", nn.initializers.normal(1.0), (VOCAB, 8))
 
-    def __call__(self, tokens_RQ, position_RQ, mask_RQT, cache=None, slot=0):
-        return self.token_embedding[tokens_RQ], cache
+    def __call__(self, tokens_RL, position_RL, mask_RLL):
+        return self.token_embedding[tokens_RL]
 
     def head(self):
         return self.head_matrix

@@ -108,8 +108,10 @@ def attend(q_RQHE: Array, mask_RQT: Array, cache: Cache, *, scale: float, cap: f
 
 def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:
     """fp32 logits [..., V] of hidden states [..., D]."""
-    logits = jnp.einsum("...d,vd->...v", hidden, head_VD.astype(hidden.dtype), preferred_element_type=jnp.float32)
-    return soft_cap(logits, cap)
+    # Of more than two dimensions, they would make CPUs copy the head into transposed order before a loop over chunks.
+    hidden_TD = hidden.reshape(-1, hidden.shape[-1])
+    logits_TV = _contract(hidden_TD, head_VD.astype(hidden.dtype), 1, 1)
+    return soft_cap(logits_TV.reshape(*hidden.shape[:-1], -1), cap)
 
 
 def product(x: Array, kernel: Array, dtype: Any) -> Array:
