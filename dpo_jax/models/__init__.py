@@ -64,17 +64,17 @@ def unrolled(model: nn.Module) -> nn.Module:
 
 
 def as_read(model: nn.Module, params: Params) -> Params:
-    """Parameters that are never written: kernels of linear layers as a half-precision model's products read them.
+    """Parameters that are never written: what a half-precision model rounds wherever it reads it, rounded.
 
     The model computes the same numbers from them, in half of the memory, and rounds nothing anew at every step. They
-    lie as bits (uint16): to read one layer's half precision, CPUs widen that of all layers.
+    lie as bits (uint16): to read one layer's half precision, or a token's, CPUs widen all of it.
     """
     dtype = jnp.dtype(model.config.dtype)
     if dtype.itemsize > 2:
         return params
 
     def narrow(path: Any, leaf: Any) -> Any:
-        return leaf.astype(dtype).view(jnp.uint16) if path[-1].key == "kernel" else leaf
+        return leaf.astype(dtype).view(jnp.uint16) if path[-1].key in model.rounded else leaf
 
     return jax.tree_util.tree_map_with_path(narrow, params)
 

@@ -13,7 +13,7 @@ from flax import struct
 
 from dpo_jax.models.config import REMAT, DecoderConfig
 from dpo_jax.models.flash import flash
-from dpo_jax.models.layers import Cache, Dense, attend, empty_cache, extend, take_rows
+from dpo_jax.models.layers import Cache, Dense, attend, empty_cache, extend, from_bits, take_rows
 from dpo_jax.models.rope import rotate
 from dpo_jax.models.sight import Sight, Spans, find_spans
 from dpo_jax.models.splash import splash
@@ -159,11 +159,19 @@ class Decoder(nn.Module):
 
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
         """What the first layer reads, [R, Q, D]."""
-        return look_up(self.token_embedding, tokens_RQ)
+        return from_bits(look_up(self.token_embedding, tokens_RQ), self.config.dtype)
 
     def head(self) -> Array:
         """The output matrix [V, D]: logits = hidden · headᵀ, soft-capped where ``logit_cap`` is not None."""
-        return self.token_embedding if self.config.tied_head else self.head_matrix
+        return from_bits(self.token_embedding if self.config.tied_head else self.head_matrix, self.config.dtype)
+
+    @property
+    def rounded(self) -> set[str]:
+        """Last names of the parameters that are read in the compute dtype alone."""
+        c = self.config
+        own = set() if c.tied_head else {"token_embedding"}
+        wide = jnp.dtype(c.output_dtype or c.dtype) != jnp.dtype(c.dtype)  # as the head is then
+        return {"kernel"} | own | (set() if wide else {"token_embedding" if c.tied_head else "head"})
 
     @property
     def logit_cap(self) -> float | None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dpo_jax.models.config import INPUT, DecoderConfig
-from dpo_jax.models.decoder import Attention, Context, Decoder, GatedMlp, Layer, look_up
+from dpo_jax.models.decoder import Attention, Context, Decoder, GatedMlp, Layer
 from dpo_jax.models.layers import Cache, UnitRmsNorm, keepable
 from dpo_jax.models.rope import Rope
 from dpo_jax.types import Array
@@ -73,7 +73,7 @@ class Gemma2(Decoder):
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
         # In the compute dtype, rounding of √D included: the models were trained with it.
         c = self.config
-        return look_up(self.token_embedding, tokens_RQ).astype(c.dtype) * jnp.asarray(c.width**0.5, c.dtype)
+        return super().embed(tokens_RQ, position_RQ).astype(c.dtype) * jnp.asarray(c.width**0.5, c.dtype)
 
 
 class Gemma3(Gemma2):

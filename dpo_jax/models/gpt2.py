@@ -56,3 +56,7 @@ class Gpt2(Decoder):
     def embed(self, tokens_RQ: Array, position_RQ: Array) -> Array:
         position_RQD = look_up(self.position_embedding, position_RQ, None)
         return look_up(self.token_embedding, tokens_RQ) + position_RQD
+
+    @property
+    def rounded(self) -> set[str]:
+        return super().rounded - {"token_embedding"}  # whose sum with a position's is rounded

@@ -114,6 +114,11 @@ def project(hidden: Array, head_VD: Array, cap: float | None) -> Array:
     return soft_cap(logits_TV.reshape(*hidden.shape[:-1], -1), cap)
 
 
+def from_bits(parameter: Array, dtype: Any) -> Array:
+    """A parameter ``as_read``, which lies as bits of half precision; others as they are."""
+    return jax.lax.bitcast_convert_type(parameter, dtype) if parameter.dtype == jnp.uint16 else parameter
+
+
 def product(x: Array, kernel: Array, dtype: Any) -> Array:
     """x @ kernel with operands of ``dtype``, summed in fp32, forward and backward."""
     return _product(x.astype(dtype), kernel)
@@ -276,9 +281,7 @@ class Dense(nn.Module):
         init = nn.initializers.normal(0.02 / (2 * c.layers) ** 0.5 if self.residual else 0.02)
         shape = (x.shape[-1], self.features)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, c.param_dtype)
-        if kernel.dtype == jnp.uint16:  # of parameters ``as_read``
-            kernel = jax.lax.bitcast_convert_type(kernel, c.dtype)
-        kernel = constrain(kernel, *self.axes, rules=PARAMETERS)
+        kernel = constrain(from_bits(kernel, c.dtype), *self.axes, rules=PARAMETERS)
         y = product(x, kernel, c.dtype)
         if c.adapter is not None and c.adapter.matches("/".join(self.path)):
             y += self._low_rank(x, c.adapter)
