@@ -27,6 +27,7 @@ _KNOWN = {
     "eval.reward": REWARDS,
     "prefer.reward": REWARDS,
 }
+
 # Numbers that may be 0; all others are above it.
 _MAY_BE_ZERO = {
     "seed",
