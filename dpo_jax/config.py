@@ -285,6 +285,7 @@ def _check(c: Config) -> None:
     _check_sizes(c)
     _check_data(c)
     _check_train(c)
+    _check_parallel(c)
     _check_reference(c, objective)
     _check_lora(c)
 
@@ -320,6 +321,9 @@ def _check_train(c: Config) -> None:
             "set exactly one of config.train.steps and config.train.epochs; they are "
             f"{c.train.steps} and {c.train.epochs}"
         )
+
+
+def _check_parallel(c: Config) -> None:
     mesh = c.parallel
     if mesh.mode == "pmap" and (mesh.data, mesh.fsdp, mesh.tensor) != (None, 1, 1):
         raise ValueError("config.parallel.data, fsdp and tensor are the axes of a mesh: set config.parallel.mode=mesh")

@@ -239,9 +239,9 @@ def test_seats_are_hardly_ever_empty(monkeypatch) -> None:
     many as the longest of each."""
     reads, read = [], sampling._Sampling._read
 
-    def counted(self, token, seats, clock):
+    def counted(self, token, seats, context):
         jax.debug.callback(lambda token: reads.append(len(token)), token)
-        return read(self, token, seats, clock)
+        return read(self, token, seats, context)
 
     monkeypatch.setattr(sampling._Sampling, "_read", counted)
     model, room, seats = tiny_model(), 24, 8

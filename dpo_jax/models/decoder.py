@@ -168,10 +168,9 @@ class Decoder(nn.Module):
     @property
     def rounded(self) -> set[str]:
         """Last names of the parameters that are read in the compute dtype alone."""
-        c = self.config
-        own = set() if c.tied_head else {"token_embedding"}
+        c, names = self.config, {"kernel", "token_embedding", "head"}
         wide = jnp.dtype(c.output_dtype or c.dtype) != jnp.dtype(c.dtype)  # as the head is then
-        return {"kernel"} | own | (set() if wide else {"token_embedding" if c.tied_head else "head"})
+        return names - {"token_embedding" if c.tied_head else "head"} if wide else names
 
     @property
     def logit_cap(self) -> float | None:
