@@ -27,6 +27,7 @@ from dpo_jax.snapshot import META_FILE, Admit, Saved, copy_to_host, newest_saved
 
 FOLDER = "checkpoints"
 _INCOMPLETE, _REMOVED, _DAMAGED = ".incomplete-", ".removed-", "damaged-"
+_LATE_WRITES, _ATTEMPTS = 0.5, 10  # seconds for late writes to show; times that what they make is removed
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,7 @@ class Checkpoints:
                 sync(self.folder)
             except BaseException:
                 if self._writes:
-                    shutil.rmtree(incomplete, ignore_errors=True)
+                    _remove_for_good(incomplete)
                 raise
         self._scores[step] = meta["score"]
         self._remove_old()
@@ -225,6 +226,15 @@ class Checkpoints:
 def open_newest(workdir: Path) -> Saved:
     """The newest checkpoint of another run; see :func:`dpo_jax.snapshot.newest_saved`."""
     return newest_saved(Path(workdir).absolute() / FOLDER)
+
+
+def _remove_for_good(folder: Path) -> None:
+    """Removes what a failed save has left. Orbax raises its first error while other writes go on, and make it anew."""
+    for _ in range(_ATTEMPTS):
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(_LATE_WRITES)
+        if not folder.exists():
+            return
 
 
 def _score_of(folder: Path) -> float | None:

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,6 +36,27 @@ def test_a_failed_save_does_not_hide_the_error_that_ended_the_run(tmp_path: Path
         shutil.rmtree(tmp_path / "checkpoints")
         checkpoints.save(1, make_state(1), {})
         raise KeyError
+
+
+def test_writes_that_go_on_after_a_save_has_failed_leave_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = [tmp_path / "checkpoints" / ".incomplete-10" / "state" / name for name in ("first", "second")]
+
+    def fail(folder: Path, *_: Any) -> None:
+        folder.mkdir()
+        raise OSError("no space")
+
+    def write_on(_: float) -> None:
+        if late:
+            late.pop().mkdir(parents=True)
+
+    monkeypatch.setattr("dpo_jax.checkpoint.write", fail)
+    monkeypatch.setattr("dpo_jax.checkpoint.time.sleep", write_on)
+    with pytest.raises(OSError, match="no space"), Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(10, make_state(10), {})
+    assert not late
+    assert not list((tmp_path / "checkpoints").iterdir())
 
 
 FULL_DISK = """
