@@ -65,7 +65,7 @@ def find_files(pattern: str) -> list[Path]:
     """
     path = buckets.fetched(pattern).expanduser()
     if path.is_dir():
-        inside = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        inside = sorted(p for p in path.rglob("*") if p.is_file() and not _hidden(p.relative_to(path)))
         found = [p for p in inside if _format(p)]
         ignored = [p.name for p in inside if not _format(p)]
         if ignored:
@@ -79,6 +79,10 @@ def find_files(pattern: str) -> list[Path]:
     if not found:
         raise ValueError(f"no data files at {pattern}; expected a file, a folder or a glob: {', '.join(FORMATS)}")
     return found
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def read_lines(path: Path, max_bytes: int = MAX_ROW_BYTES) -> Iterator[Line]:
@@ -175,10 +179,12 @@ class _Elements:
                 if self._peek() != "]":
                     self._skip(",")
             self._skip("]")
+            if found := self._peek():
+                raise ValueError(f"expected the end of the file after the array but found {found!r}")
         except UnicodeDecodeError:
             yield self._stop("not UTF-8", "the file is no UTF-8 from here on, or a little later")
         except (ValueError, RecursionError) as error:
-            yield self._stop("not JSON", f"{error}; the rest of the array cannot be read")
+            yield self._stop("not JSON", f"{error}; the rest of the file cannot be read")
 
     def _stop(self, reason: str, message: str) -> Line:
         return _bad(self._path, self._line, reason, message)
@@ -248,7 +254,7 @@ def _csv_rows(path: Path, max_bytes: int) -> Iterator[Line]:
             number = reader.line_num + 1
             for values in reader:
                 if names is not None and len(values) == len(names):
-                    yield Line(str(path), number, {n: v for n, v in zip(names, values, strict=True) if v != ""})
+                    yield Line(str(path), number, {n: v or None for n, v in zip(names, values, strict=True)})
                 elif values:
                     expected = f"expected the {len(names or ())} of the first line"
                     yield _bad(path, number, "wrong columns", f"{len(values)} columns; {expected}")

@@ -13,12 +13,15 @@ prompt, completion; conversations; messages              one answer to be imitat
 prompt, completions | responses, scores                  scored answers, to be paired
 =======================================================  ==============================================================
 
+Beside any of these, ``system`` is the first message of the conversation; a prompt that is text becomes the second.
+
 To add a shape, write a function and its line in SHAPES.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from dpo_jax.data import records
@@ -83,7 +86,8 @@ def hh_pair(row: Row) -> Record:
             f"chosen and rejected differ before the last {_ASSISTANT.strip()!r}",
             tuple(Record(prompt, (Reply((Message("assistant", a),), role),)) for prompt, a, role in own),
         )
-    return records.pair(prompts[0], _spoken(answers[0], "chosen"), _spoken(answers[1], "rejected"))
+    spoken = _spoken(answers[0], "chosen"), _spoken(answers[1], "rejected")
+    return records.pair(prompts[0], *spoken, _pair_scores(row))
 
 
 def split_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
@@ -107,8 +111,6 @@ def split_dialogue(text: str) -> tuple[tuple[Message, ...], str]:
 def sharegpt_pair(row: Row) -> Record:
     """{conversations, chosen, rejected} with messages of {from, value}."""
     before = records.messages_of(records.field(row, "conversations"), "conversations")
-    if row.get("system"):
-        before = (Message("system", records.text_of(row["system"], "system")), *before)
     answers = [records.messages_of(records.field(row, name), name) for name in ("chosen", "rejected")]
     for answer, name in zip(answers, ("chosen", "rejected"), strict=True):
         records.check_answer(answer, name)
@@ -168,6 +170,20 @@ def scored_completions(row: Row) -> Record:
     return Record(before, tuple(replies), scored=True)
 
 
+def _with_system(record: Record, system: Any) -> Record:
+    """The record with a row's system prompt, unless that is empty, before all other messages."""
+    if system is None or system == "":
+        return record
+    opening = Message("system", records.text_of(system, "system"))
+    record = records.as_conversation(record)
+    before = tuple(record.prompt)
+    if before[0].role != "system":
+        return replace(record, prompt=(opening, *before))
+    if before[0] != opening:
+        raise BadRow("two system prompts", "the field 'system' and the first message are different system prompts")
+    return record
+
+
 def _spoken(value: Any, name: str) -> tuple[Message, ...]:
     return (Message("assistant", records.text_of(value, name)),)
 
@@ -211,6 +227,6 @@ def parse_row(row: Row) -> Record:
     """
     for names, parse in SHAPES:
         if all(row.get(name) is not None for name in names):
-            return parse(row)
+            return _with_system(parse(row), row.get("system"))
     shapes = "; ".join("{" + ", ".join(names) + "}" for names, _ in SHAPES)
     raise BadRow("missing field", f"the fields {sorted(row)[:12]} are of no known shape: {shapes}")

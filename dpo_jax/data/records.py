@@ -5,9 +5,11 @@ Every source ends in ``Record``; ``dpo_jax/data/encode.py`` turns records into e
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_jax.types import CHOSEN, REJECTED
@@ -127,14 +129,18 @@ def text_of(value: Any, name: str) -> str:
 
 
 def number_of(value: Any, name: str) -> float:
-    """A finite number.
+    """A finite number, also spelt out as CSV has it.
 
     Raises:
       BadRow: it is something else.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < float("inf"):
+    number = math.nan
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+    if not math.isfinite(number):
         raise BadRow("wrong type", f"{name} is {_named(value)}; expected a finite number")
-    return float(value)
+    return number
 
 
 def label_of(value: Any, name: str = "label") -> bool:
@@ -191,6 +197,16 @@ def pair(
 ) -> Record:
     """A record of a chosen and a rejected answer."""
     return Record(prompt, (Reply(chosen, CHOSEN, scores[0]), Reply(rejected, REJECTED, scores[1])))
+
+
+def as_conversation(record: Record) -> Record:
+    """The record with a text prompt as a user's message, and text answers as the assistant's."""
+    prompt = (Message("user", record.prompt),) if isinstance(record.prompt, str) else record.prompt
+    replies = (
+        replace(r, content=(Message("assistant", r.content),)) if isinstance(r.content, str) else r
+        for r in record.replies
+    )
+    return replace(record, prompt=prompt, replies=tuple(replies))
 
 
 def common_prefix(

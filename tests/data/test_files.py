@@ -15,6 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpo_jax.data import files
+from dpo_jax.data.formats import parse_row
+from dpo_jax.data.records import BadRow
 
 ROWS = [{"prompt": f"p{i}", "chosen": "ja\nнет", "rejected": "x" * i or "-"} for i in range(5)]
 
@@ -82,6 +84,7 @@ DAMAGE = {
     "array of something else": ("a.json", b'[{"a": 1} {"a": 2}]', 1, 2),
     "array with a bad byte": ("a.json", b'[{"a": 1},\n{"a": "\xff"}]', None, None),
     "empty array": ("a.json", b"[]", 1, 1),
+    "a second array": ("a.json", b'[{"a": 1},\n{"a": 2}]\n[{"a": 3}]', 3, 3),
     "columns": ("a.csv", b"a,b\n1\n2,3\n", 2, 2),
     "quotes": ("a.csv", b'a,b\n1,"x\n', 2, 1),
     "gzip cut short": ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 20_000)[:40], None, None),
@@ -141,14 +144,23 @@ def test_an_array_is_read_in_a_window(tmp_path: Path, monkeypatch) -> None:
     assert read(write(tmp_path / "a.json"), max_bytes=20)[0].error.reason == "not JSON"
 
 
+def test_an_empty_cell_is_a_field_without_a_value(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,completion,label\na,b,true\na,c,\n")
+    good, unrated = read(tmp_path / "a.csv")
+    assert (good.row["label"], unrated.row["label"]) == ("true", None)
+    with pytest.raises(BadRow, match="label"):  # without the field it would be an answer to imitate
+        parse_row(unrated.row)
+
+
 def test_json_of_lines_is_read_as_lines(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl").rename(tmp_path / "a.json")
     assert [dict(line.row) for line in read(tmp_path / "a.json")] == ROWS
 
 
 def test_paths_stand_for_files_folders_and_globs(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    for name in ("b.jsonl", "a.json", "sub/c.csv.gz", ".hidden.jsonl", "README.md"):
+    for folder in ("sub", ".ipynb_checkpoints"):
+        (tmp_path / folder).mkdir()
+    for name in ("b.jsonl", "a.json", "sub/c.csv.gz", ".hidden.jsonl", ".ipynb_checkpoints/b.jsonl", "README.md"):
         (tmp_path / name).write_text("x")
     assert [p.name for p in files.find_files(str(tmp_path))] == ["a.json", "b.jsonl", "c.csv.gz"]
     assert [p.name for p in files.find_files(f"{tmp_path}/*.json*")] == ["a.json", "b.jsonl"]

@@ -25,6 +25,10 @@ def chat(*turns: str) -> list[dict]:
     return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(turns)]
 
 
+def system(text: str) -> Message:
+    return Message("system", text)
+
+
 def pair(prompt, chosen, rejected, scores=(0.0, 0.0)) -> Record:
     return Record(prompt, (Reply(chosen, CHOSEN, scores[0]), Reply(rejected, REJECTED, scores[1])))
 
@@ -71,6 +75,39 @@ SHAPES = {
     "hh": (
         {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
         pair(*TURNS),
+    ),
+    "hh with scores": (
+        {
+            "chosen": "\n\nHuman: a\n\nAssistant: b",
+            "rejected": "\n\nHuman: a\n\nAssistant: c",
+            "score_chosen": "2.5",
+            "score_rejected": "-1",
+        },
+        pair(*TURNS, (2.5, -1.0)),
+    ),
+    "system beside texts": (
+        {"system": "s", "prompt": "a", "chosen": "b", "rejected": "c"},
+        pair((system("s"), user("a")), *TURNS[1:]),
+    ),
+    "system beside messages": (
+        {"system": "s", "chosen": chat("a", "b"), "rejected": chat("a", "c")},
+        pair((system("s"), user("a")), *TURNS[1:]),
+    ),
+    "system beside messages that begin with it": (
+        {"system": "s", "messages": [{"role": "system", "content": "s"}, *chat("a", "b")], "label": True},
+        Record((system("s"), user("a")), (Reply((assistant("b"),), CHOSEN),)),
+    ),
+    "system beside scored texts": (
+        {"system": "s", "prompt": "a", "completions": ["b", "c"], "scores": ["1", 2.5]},
+        Record(
+            (system("s"), user("a")),
+            (Reply((assistant("b"),), CHOSEN, 1.0), Reply((assistant("c"),), CHOSEN, 2.5)),
+            scored=True,
+        ),
+    ),
+    "an empty system": (
+        {"system": "", "prompt": "a", "chosen": "b", "rejected": "c"},
+        pair("a", "b", "c"),
     ),
     "sharegpt": (
         {
@@ -124,6 +161,14 @@ BAD = {
     "label is 2": ({"prompt": "a", "completion": "b", "label": 2}, "wrong label"),
     "score is NaN": ({"prompt": "a", "completions": ["b"], "scores": [float("nan")]}, "wrong type"),
     "scores do not match": ({"prompt": "a", "completions": ["b"], "scores": [1, 2]}, "wrong type"),
+    "score is a word": ({"prompt": "a", "completions": ["b"], "scores": ["good"]}, "wrong type"),
+    "score is infinite": ({"prompt": "a", "completions": ["b"], "scores": ["inf"]}, "wrong type"),
+    "score is enormous": ({"prompt": "a", "completions": ["b"], "scores": [10**400]}, "wrong type"),
+    "system is a number": ({"system": 1, "prompt": "a", "chosen": "b", "rejected": "c"}, "wrong type"),
+    "two systems": (
+        {"system": "s", "messages": [{"role": "system", "content": "t"}, *chat("a", "b")], "label": True},
+        "two system prompts",
+    ),
     "surrogate": ({"prompt": "a", "chosen": "b\ud800", "rejected": "c"}, "surrogate"),
     "NUL": ({"prompt": "a", "chosen": "b\0", "rejected": "c"}, "NUL"),
     "weight below 0": (
