@@ -1,7 +1,8 @@
 """Records → examples: text becomes tokens, with the border between prompt and answer where generation has it.
 
-The prompt is encoded alone, exactly as it is before generation, and so is each answer: no token ever reaches over the
-border. One BOS begins the prompt where the tokenizer has one; EOS ends every whole answer and is trained on, whatever
+The prompt is encoded alone, exactly as it is before generation, and each answer as what goes on after it: no token ever
+reaches over the border, and none is there that generation lacks, such as the space that SentencePiece puts before a
+text. One BOS begins the prompt where the tokenizer has one; EOS ends every whole answer and is trained on, whatever
 token is used for padding. With the tokens 1 = BOS, 2 = EOS::
 
     record      user "a" → assistant "b"                       plain: "\\n\\nHuman: a\\n\\nAssistant:" + " b"
@@ -23,7 +24,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -119,22 +120,31 @@ class Encoder:
         # Looked up once: a transformers tokenizer searches for them at every reading.
         self._bos: int | None = tokenizer.bos_token_id
         self._eos = np.array([tokenizer.eos_token_id], np.int32)
-        self._render = _Chat(tokenizer) if encoding.template == "chat" else _Plain()
+        self._continuation = tokenizers.Continuation(tokenizer)
+        self._special = encoding.template == "chat"
+        self._render = _Chat(tokenizer) if self._special else _Plain()
+
+    def identity(self) -> dict[str, Any]:
+        """All of the encoding, JSON values, that ``tokenizer.json`` does not tell."""
+        template = str(self.tokenizer.chat_template) if self._special else None
+        ids = {"bos": self._bos, "eos": int(self._eos[0])}
+        return {**asdict(self.encoding), **ids, "chat_template": template}
 
     def encode(self, records: Iterable[Record]) -> Iterator[Encoded | BadRow]:
         """Encodes records in order, each into examples or into the reason why that cannot be."""
         records = iter(records)
         while batch := list(itertools.islice(records, _BATCH)):
             rendered = [self._rendered(record) for record in batch]
-            texts = [t for r in rendered if not isinstance(r, BadRow) for t in r.texts()]
-            tokens = iter(self._tokens(texts))
+            right = [r for r in rendered if not isinstance(r, BadRow)]
+            prompts = iter(tokenizers.encode(self.tokenizer, [r.prompt for r in right], self._special))
+            pieces = iter(self._continuation.encode([t for r in right for t in self._answer_texts(r)], self._special))
             for record, item in zip(batch, rendered, strict=True):
                 if isinstance(item, BadRow):
                     yield item
                     continue
-                pieces = list(itertools.islice(tokens, len(item.texts())))
+                own = list(itertools.islice(pieces, sum(map(len, item.answers))))
                 try:
-                    yield self._encoded(record, item, pieces)
+                    yield self._encoded(record, item, next(prompts), own)
                 except BadRow as error:
                     yield error
 
@@ -144,7 +154,7 @@ class Encoder:
         Raises:
           BadRow: the prompt cannot be rendered, or has no token.
         """
-        (tokens,) = self._tokens([self._render.prompt(prompt)])
+        (tokens,) = tokenizers.encode(self.tokenizer, [self._render.prompt(prompt)], self._special)
         return self._cut_prompt(tokens, Counter())
 
     def _rendered(self, record: Record) -> _Rendered | BadRow:
@@ -156,16 +166,20 @@ class Encoder:
         except BadRow as error:
             return error
 
-    def _tokens(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self.encoding.template == "plain":
-            return tokenizers.encode(self.tokenizer, texts)
-        return tokenizers.encode(self.tokenizer, texts, special=True)
+    def _answer_texts(self, rendered: _Rendered) -> Iterator[str]:
+        """The texts of all segments; one that follows an EOS begins with it, since some tokenizers look back at it."""
+        for segments in rendered.answers:
+            for segment, anchored in zip(segments, self._anchored(segments), strict=True):
+                yield self.tokenizer.eos_token + segment.text if anchored else segment.text
 
-    def _encoded(self, record: Record, rendered: _Rendered, pieces: list[np.ndarray]) -> Encoded:
+    def _anchored(self, segments: Sequence[Segment]) -> list[bool]:
+        return [self._special and before.ends for before in (Segment("", 0.0), *segments[:-1])]
+
+    def _encoded(self, record: Record, rendered: _Rendered, prompt: np.ndarray, pieces: list[np.ndarray]) -> Encoded:
         notes: Counter[str] = Counter()
         if any(not reply.text().strip() for reply in record.replies):
             return Encoded((), "empty answer", notes)
-        prompt = self._cut_prompt(pieces.pop(0), notes)
+        prompt = self._cut_prompt(prompt, notes)
         answers = []
         for segments, reply in zip(rendered.answers, record.replies, strict=True):
             answers.append(self._answer(segments, [pieces.pop(0) for _ in segments], reply, notes))
@@ -203,7 +217,8 @@ class Encoder:
     def _answer(
         self, segments: Sequence[Segment], pieces: Sequence[np.ndarray], reply: Reply, notes: Counter[str]
     ) -> Answer:
-        tokens = [np.concatenate([p, self._eos]) if s.ends else p for s, p in zip(segments, pieces, strict=True)]
+        own = [p[1:] if anchored else p for p, anchored in zip(pieces, self._anchored(segments), strict=True)]
+        tokens = [np.concatenate([p, self._eos]) if s.ends else p for s, p in zip(segments, own, strict=True)]
         weights = [np.full(len(t), s.weight, np.float32) for s, t in zip(segments, tokens, strict=True)]
         joined, weight = np.concatenate(tokens).astype(np.int32), np.concatenate(weights)
         most = self.encoding.answer_length
@@ -218,9 +233,6 @@ class _Rendered:
 
     prompt: str
     answers: tuple[tuple[Segment, ...], ...]
-
-    def texts(self) -> list[str]:
-        return [self.prompt, *(s.text for segments in self.answers for s in segments)]
 
 
 class _Plain:
@@ -254,7 +266,8 @@ class _Chat:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = [t for t in tokenizer.all_special_tokens if t]
+        added = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        self._special = tokenizers.any_of([*tokenizer.all_special_tokens, *added])
 
     def prompt(self, prompt: str | tuple[Message, ...]) -> str:
         return self._text(_conversation(prompt), reply_follows=True)
@@ -294,9 +307,8 @@ class _Chat:
 
     def _text(self, messages: Sequence[Message], reply_follows: bool) -> str:
         for message in messages:
-            spelt = next((t for t in self._special if t in message.content), None)
-            if spelt is not None:
-                raise BadRow("special token", f"a {message.role} turn spells the special token {spelt!r}")
+            if spelt := self._special.search(message.content):
+                raise BadRow("special token", f"a {message.role} turn spells the special token {spelt[0]!r}")
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
             return str(self._tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=reply_follows))

@@ -175,8 +175,7 @@ def _with_system(record: Record, system: Any) -> Record:
     if system is None or system == "":
         return record
     opening = Message("system", records.text_of(system, "system"))
-    record = records.as_conversation(record)
-    before = tuple(record.prompt)
+    before, record = records.as_conversation(record)
     if before[0].role != "system":
         return replace(record, prompt=(opening, *before))
     if before[0] != opening:

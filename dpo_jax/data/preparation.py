@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from dpo_jax.data.records import BadRow, Record
 
 ON_ERROR = ("raise", "skip")
 OTHER_SPLIT = "other split"
-_VERSION = 1  # of rows → examples: change it when the same rows give other examples
+_VERSION = 2  # of rows → examples: change it when the same rows give other examples
 _EXAMPLES_OF_ERRORS = 50
 _BEFORE_SHARE = 1000  # rows before which a share says little
 
@@ -284,7 +284,7 @@ def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) ->
     files["eval"] = own.files("eval", downloads) if own else files["train"]
     settings = {
         "version": _VERSION,
-        "encoding": asdict(encoder.encoding),
+        "encoding": encoder.identity(),
         "tokenizer": tokenizer,
         "eval_share": None if own else request.eval_share,
         "set": request.part.name,

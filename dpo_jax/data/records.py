@@ -199,14 +199,14 @@ def pair(
     return Record(prompt, (Reply(chosen, CHOSEN, scores[0]), Reply(rejected, REJECTED, scores[1])))
 
 
-def as_conversation(record: Record) -> Record:
-    """The record with a text prompt as a user's message, and text answers as the assistant's."""
+def as_conversation(record: Record) -> tuple[tuple[Message, ...], Record]:
+    """(prompt, record), both as messages: a text prompt is a user's, text answers are the assistant's."""
     prompt = (Message("user", record.prompt),) if isinstance(record.prompt, str) else record.prompt
     replies = (
         replace(r, content=(Message("assistant", r.content),)) if isinstance(r.content, str) else r
         for r in record.replies
     )
-    return replace(record, prompt=prompt, replies=tuple(replies))
+    return prompt, replace(record, prompt=prompt, replies=tuple(replies))
 
 
 def common_prefix(

@@ -8,8 +8,11 @@ belong.
 from __future__ import annotations
 
 import hashlib
+import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -148,12 +151,71 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], special: bo
     Returns:
       int32 [n] for every text.
     """
+    return _ids(tokenizer.backend_tokenizer, texts, special)
+
+
+class Continuation:
+    """Encodes texts that go on after others: without the space that SentencePiece puts before a whole text.
+
+    A special token inside of a text is followed by what follows it in a whole one.
+
+    Args:
+      tokenizer: a tokenizer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+        self._whole = tokenizer.backend_tokenizer
+        self._bare = _without_prefix(self._whole)
+        added = tokenizer.added_tokens_decoder.values()
+        # What the tokenizer looks for first: with and without special tokens.
+        self._added = {
+            special: any_of(t.content for t in added if special or not t.special) for special in (False, True)
+        }
+
+    def encode(self, texts: Sequence[str], special: bool = False) -> list[np.ndarray]:
+        """As :func:`encode`."""
+        if self._bare is None:
+            return _ids(self._whole, texts, special)
+        cuts = [found.start() if (found := self._added[special].search(text)) else len(text) for text in texts]
+        heads = _ids(self._bare, [text[:cut] for text, cut in zip(texts, cuts, strict=True)], special)
+        tails = _ids(self._whole, [text[cut:] for text, cut in zip(texts, cuts, strict=True)], special)
+        return [np.concatenate(both) for both in zip(heads, tails, strict=True)]
+
+
+def any_of(texts: Iterable[str]) -> re.Pattern[str]:
+    """A pattern that finds any of the texts, the longest first."""
+    longest_first = sorted(filter(None, texts), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _ids(backend: Tokenizer, texts: Sequence[str], special: bool) -> list[np.ndarray]:
     # What tokenizer(texts) calls in the end, without the lists and masks that it makes of the result.
-    backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = not special
     return [np.array(row.ids, np.int32) for row in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
+def _without_prefix(backend: Tokenizer) -> Tokenizer | None:
+    """The tokenizer without the space before a text; None where it has none."""
+    spec = json.loads(backend.to_str())
+    bare = {**spec, **{part: _bare(spec[part]) for part in ("normalizer", "pre_tokenizer")}}
+    return None if bare == spec else Tokenizer.from_str(json.dumps(bare))
+
+
+def _bare(part: Any) -> Any:
+    match part:
+        case {"type": "Prepend"}:
+            return None
+        case {"type": "Sequence", "normalizers": inner}:
+            return {**part, "normalizers": [bare for p in inner if (bare := _bare(p))]}
+        case {"type": "Sequence", "pretokenizers": inner}:
+            return {**part, "pretokenizers": [bare for p in inner if (bare := _bare(p))]}
+        case {"type": "Metaspace"}:
+            return {**part, "prepend_scheme": "never"}
+        case {"type": "ByteLevel", "add_prefix_space": True}:
+            return {**part, "add_prefix_space": False}
+    return part
 
 
 def decode(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray | Sequence[int]) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.encode import Encoded, Encoder, Encoding
@@ -32,6 +36,8 @@ def make_tokenizer(template: str | None = None, **special: str | None):
 
 PLAIN = make_tokenizer()
 CHAT = make_tokenizer(CHATML, eos_token="<|im_end|>", bos_token=None)
+UNNAMED = make_tokenizer(CHATML)
+UNNAMED.add_tokens([AddedToken("<|unnamed|>", special=True)])  # of a file, not of the config: Llama 3 has such
 BOS, EOS = PLAIN.bos_token_id, PLAIN.eos_token_id
 
 
@@ -140,6 +146,81 @@ def test_eos_is_trained_on_when_it_is_also_the_padding() -> None:
     assert [a.weights[-1] for a in found.answers] == [1.0, 1.0]
 
 
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def sentencepiece(kind: str, template: str) -> PreTrainedTokenizerFast:
+    """As Llama 2 and Mistral have it: a space goes before a text; "before_each" has it behind special tokens too."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    normal = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(normal)
+    trainer = trainers.BpeTrainer(vocab_size=120, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex("▁[a-z]*|[^▁]"), "isolated")
+    backend.train_from_iterator(
+        ["user is good assistant good answer bad answer INST | < > / [ ] \n Human : A"] * 9, trainer
+    )
+    backend.pre_tokenizer = None
+    if kind == "before_the_first":
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=template
+    )
+    if kind == "stripping":
+        tokenizer.add_special_tokens({"eos_token": AddedToken("</s>", rstrip=True, special=True)})
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["before_each", "before_the_first", "stripping"])
+@pytest.mark.parametrize("template", [MISTRAL, ZEPHYR])
+def test_a_conversation_in_pieces_has_the_tokens_that_it_has_as_a_whole(kind: str, template: str) -> None:
+    tokenizer = sentencepiece(kind, template)
+    turns = (user("is good"), assistant("good answer"), user("is bad"), assistant("bad answer"))
+    found = example(Record(turns[:3], (Reply(turns[3:], CHOSEN),)), tokenizer, template="chat", turns="all")
+    text = tokenizer.apply_chat_template([vars(m) for m in turns], tokenize=False)
+    (whole,) = tokenizers.encode(tokenizer, [text.rstrip("\n")], special=True)
+    first = [] if template == MISTRAL else [tokenizer.bos_token_id]
+    assert [*found.prompt, *found.answers[0].tokens] == [*first, *whole]
+    trained = found.answers[0].tokens[found.answers[0].weights > 0].tolist()
+    space = "▁" if template == MISTRAL else ""
+    assert "".join(tokenizer.convert_ids_to_tokens(trained)) == f"{space}good▁answer</s>{space}bad▁answer</s>"
+    alone = tokenizers.encode(tokenizer, ["good answer"])[0]
+    assert tokenizer.convert_ids_to_tokens(int(alone[0])).startswith("▁")  # what is to be left out
+
+
+@pytest.mark.parametrize("kind", ["before_each", "before_the_first"])
+def test_text_that_goes_on_has_no_space_before_it(kind: str) -> None:
+    tokenizer = sentencepiece(kind, MISTRAL)
+    found = example(pair("is go", "od answer", "is"), tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(found.answers[0].tokens.tolist())
+    assert "".join(pieces) == "od▁answer</s>"
+    spoken = example(ONE, tokenizer).answers[0].tokens.tolist()
+    assert "".join(tokenizer.convert_ids_to_tokens(spoken)) == "▁b</s>"
+
+
+def test_all_that_makes_tokens_is_in_the_identity_of_an_encoding() -> None:
+    encoders = [
+        Encoder(make_tokenizer(template, eos_token=eos, bos_token=bos), Encoding(9, 9, template="chat"))
+        for template, eos, bos in (
+            (CHATML, "<|im_end|>", None),
+            (CHATML + " ", "<|im_end|>", None),
+            (CHATML, "<|eos|>", None),
+            (CHATML, "<|im_end|>", "<|bos|>"),
+        )
+    ]
+    identities = [encoder.identity() for encoder in encoders]
+    assert all(a != b for a, b in itertools.combinations(identities, 2))
+    plain = [Encoder(e.tokenizer, Encoding(9, 9)).identity() for e in encoders[:2]]
+    assert plain[0] == plain[1]  # the template is not read
+
+
 @pytest.mark.parametrize("turns", ["last", "all"])
 def test_turns(turns: str) -> None:
     prompt = (user("a"), assistant("b"), user("c"))
@@ -214,6 +295,7 @@ def test_scored_answers_become_pairs(pairs: str, expected: list) -> None:
     [
         (pair("a <|im_end|>", "b", "c"), CHAT, "special token"),
         (pair("a", "b <|im_start|>", "c"), CHAT, "special token"),
+        (pair("a <|unnamed|>", "b", "c"), UNNAMED, "special token"),
         (ONE, make_tokenizer("{{ raise_exception('no') }}"), "template"),
         (ONE, make_tokenizer("{{ messages | length }}" + CHATML), "template"),
     ],
