@@ -28,7 +28,6 @@ from dpo_jax.data.checks.repeats import overlap
 from dpo_jax.data.checks.rows import roles
 from dpo_jax.data.encode import PAIRINGS, TEMPLATES, TRUNCATIONS, TURNS, Encoder, Encoding
 from dpo_jax.data.files import Line, read_lines
-from dpo_jax.data.formats import parse_row
 from dpo_jax.data.preparation import OTHER_SPLIT, parse_mixture
 from dpo_jax.data.records import BadRow
 from dpo_jax.data.tokenizer import open_tokenizer, train_tokenizer
@@ -85,7 +84,7 @@ def read(path: str, downloads: Path, split: str = "train") -> Reading:
     """
     reading = Reading([], [], [], Counter())
     for part in parse_mixture(path):
-        parse = part.parser(split) if part.name else parse_row
+        parse = part.parser(split)
         for line in itertools.chain.from_iterable(map(read_lines, part.files(split, downloads))):
             try:
                 case = Case(line.place, parse(_row(line)))

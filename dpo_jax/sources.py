@@ -80,7 +80,7 @@ def files(data: DataConfig) -> Dataset:
             "config.data.source is 'files' but config.data.path is not set: give a file, a folder or a glob"
         )
     parts = parse_mixture(data.path)
-    held_out = parse_mixture(data.eval_path)[0] if data.eval_path is not None else None
+    held_out = _held_out(data.eval_path)
     folder = tokenizer_folder(data)
     if data.tokenizer is None and not folder.is_dir():
         save_tokenizer(train_tokenizer(_texts(data, parts), data.vocab_size), folder)
@@ -93,7 +93,18 @@ def files(data: DataConfig) -> Dataset:
     train = [PreparedExamples(place, "train", fingerprint) for place in prepared_parts]
     tests = [PreparedExamples(place, "eval", fingerprint) for place in prepared_parts[: 1 if held_out else None]]
     mixed = Mixture(train, [part.weight for part in parts], data.mixture_seed)
-    return Dataset(mixed, Mixture(tests, [1.0] * len(tests)), mixed.answers, tokenizer)
+    # Evaluation takes the first ones: of several files, or of sources, they must not be those of one alone.
+    several = sum(len(test.metadata.details["files"]["eval"]) for test in tests) > 1
+    return Dataset(mixed, Mixture(tests, [1.0] * len(tests), shuffled=several), mixed.answers, tokenizer)
+
+
+def _held_out(path: str | None) -> tuple[Part, ...]:
+    parts = () if path is None else tuple(parse_mixture(path))
+    if any(part.weight != 1 for part in parts):
+        raise ValueError(
+            f"config.data.eval_path is {path!r}; held-out examples are all taken once, so leave the weights out"
+        )
+    return parts
 
 
 def encoding_of(data: DataConfig) -> Encoding:
@@ -105,7 +116,7 @@ def _texts(data: DataConfig, parts: list[Part]) -> Iterator[str]:
     """Prompts and answers to train a tokenizer on."""
     for part in parts:
         reader = Reader(data.on_error, data.max_skips)
-        found = reader.records(part.files("train", Path(data.dir) / "downloads"), part.parser("train"))
+        found = part.records(reader, "train", Path(data.dir) / "downloads")
         for _, record in itertools.islice(found, _TOKENIZER_RECORDS):
             yield record.prompt_text()
             yield from (reply.text() for reply in record.replies)

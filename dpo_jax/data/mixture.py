@@ -1,4 +1,4 @@
-"""Several sources as one, each with a weight: how often an epoch passes over it."""
+"""Several sources as one: weighted for training, where a weight is how often an epoch passes over it, or held out."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class Mixture:
       sources: prepared examples with the same number of answers.
       weights: passes over each, > 0.
       seed: of the examples that a fraction takes; the order of an epoch is the pipeline's.
+      shuffled: whether the examples lie in an order drawn by the seed, so that the first of them are a sample of all.
 
     Attributes:
       answers: answers of each example.
@@ -32,7 +33,14 @@ class Mixture:
       ValueError: the sources differ in their number of answers, or a weight leaves no example of one.
     """
 
-    def __init__(self, sources: Sequence[PreparedExamples], weights: Sequence[float], seed: int = 0) -> None:
+    def __init__(
+        self,
+        sources: Sequence[PreparedExamples],
+        weights: Sequence[float],
+        seed: int = 0,
+        *,
+        shuffled: bool = False,
+    ) -> None:
         if len({source.answers for source in sources}) != 1:
             counts = [source.answers for source in sources]
             raise ValueError(f"the sources of the mixture have {counts} answers an example; mix sources of one kind")
@@ -42,11 +50,15 @@ class Mixture:
             raise ValueError(f"the weights {list(weights)} leave no example of a source; raise the smallest")
         self._source = np.repeat(np.arange(len(rows)), [len(r) for r in rows])
         self._row = np.concatenate(rows)
+        if shuffled:
+            order = np.random.default_rng(seed).permutation(len(self._row))
+            self._source, self._row = self._source[order], self._row[order]
         self._first_uids = np.concatenate([[0], np.cumsum([len(s) for s in sources])])
         self.answers = sources[0].answers
         self.tokenizer_fingerprint = sources[0].tokenizer_fingerprint
         parts = [f"{s.fingerprint} {weight!r}" for s, weight in zip(sources, weights, strict=True)]
-        self.fingerprint = hashlib.sha256("\n".join([str(seed), *parts]).encode()).hexdigest()
+        kind = ["shuffled"] if shuffled else []
+        self.fingerprint = hashlib.sha256("\n".join([str(seed), *parts, *kind]).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._row)
@@ -75,7 +87,8 @@ class Mixture:
         return min(least for least, _ in ranges), max(greatest for _, greatest in ranges)
 
     def _rows_of(self, tables: Sequence[np.ndarray]) -> np.ndarray:
-        return np.concatenate([table[self._row[self._source == k]] for k, table in enumerate(tables)])
+        first = np.cumsum([0, *(len(table) for table in tables[:-1])])
+        return np.concatenate(tables)[first[self._source] + self._row]
 
 
 def _drawn(count: int, weight: float, seed: Sequence[int]) -> np.ndarray:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,12 @@ class Part:
         return [download(url, downloads / self.name) for url in PUBLIC_SETS[self.name].urls[split]]
 
     def parser(self, split: str) -> Parser:
+        """What reads its rows."""
         return parse_row if self.name is None else PUBLIC_SETS[self.name].parser(split)
+
+    def records(self, reader: Reader, split: str, downloads: Path) -> Iterator[tuple[Line, Record]]:
+        """All records of its files, as of :meth:`Reader.records`."""
+        return reader.records(self.files(split, downloads), self.parser(split))
 
 
 def parse_mixture(path: str) -> list[Part]:
@@ -196,14 +201,13 @@ class Reader:
 
 
 def encoded_examples(
-    reader: Reader, files: Sequence[Path], parse: Parser, encoder: Encoder, keep: Callable[[Record], bool]
+    reader: Reader, records: Iterable[tuple[Line, Record]], encoder: Encoder, keep: Callable[[Record], bool]
 ) -> Iterator[Example]:
-    """The examples of all files, numbered from 0.
+    """The examples of all records, numbered from 0.
 
     Args:
-      reader: reads and counts.
-      files: what to read.
-      parse: row → Record.
+      reader: has read the records, and counts.
+      records: what to encode.
       encoder: Record → examples.
       keep: which records belong to this split.
 
@@ -214,7 +218,7 @@ def encoded_examples(
     waiting: deque[Line] = deque()  # lines whose records the encoder holds; it works in batches
 
     def kept() -> Iterator[Record]:
-        for line, record in reader.records(files, parse):
+        for line, record in records:
             if keep(record):
                 waiting.append(line)
                 yield record
@@ -249,14 +253,14 @@ class Request:
 
     Attributes:
       part: the source of training examples.
-      held_out: the source of held-out ones; None holds out prompts of ``part``.
-      eval_share: share of the prompts that is held out where ``held_out`` is None.
+      held_out: the sources of held-out ones; none of them holds out prompts of ``part``.
+      eval_share: share of the prompts that is held out where ``held_out`` is empty.
       on_error: ``raise`` or ``skip``.
       max_skips: share of malformed rows past which skipping stops.
     """
 
     part: Part
-    held_out: Part | None
+    held_out: tuple[Part, ...]
     eval_share: float
     on_error: str
     max_skips: float
@@ -279,15 +283,18 @@ def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) ->
       OSError: files cannot be read, fetched or written.
     """
     downloads = folder / "downloads"
-    files = {"train": request.part.files("train", downloads)}
-    own = request.held_out or (request.part if request.part.pattern is None else None)
-    files["eval"] = own.files("eval", downloads) if own else files["train"]
+    own = request.held_out or ((request.part,) if request.part.pattern is None else ())
+    # Each split's sources, and what they call it: held-out rows may be rows of the same files.
+    parts = {"train": ((request.part,), "train"), "eval": (own, "eval") if own else ((request.part,), "train")}
+    files = {
+        split: [path for part in of for path in part.files(name, downloads)] for split, (of, name) in parts.items()
+    }
     settings = {
         "version": _VERSION,
         "encoding": encoder.identity(),
         "tokenizer": tokenizer,
         "eval_share": None if own else request.eval_share,
-        "set": request.part.name,
+        "sets": {split: [part.name for part in of] for split, (of, _) in parts.items()},
         "files": {split: [file_hash(path) for path in paths] for split, paths in files.items()},
     }
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
@@ -300,17 +307,15 @@ def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) ->
         "train": Reader(request.on_error, request.max_skips),
         "eval": Reader(request.on_error, request.max_skips) if own else Reader("skip", 1.0),
     }
-    parsers = {"train": request.part.parser("train"), "eval": (own or request.part).parser("eval" if own else "train")}
     share = 0.0 if own else request.eval_share
     splits = {
         split: encoded_examples(
             readers[split],
-            files[split],
-            parsers[split],
+            _records(of, readers[split], name, downloads),
             encoder,
-            lambda record, split=split: own is not None or is_held_out(record, share) == (split == "eval"),  # type: ignore[misc]
+            lambda record, split=split: bool(own) or is_held_out(record, share) == (split == "eval"),  # type: ignore[misc]
         )
-        for split in files
+        for split, (of, name) in parts.items()
     }
     rows: dict[str, Any] = {}
     write_examples(
@@ -326,6 +331,11 @@ def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) ->
     )
     _report(rows, place)
     return place
+
+
+def _records(parts: Sequence[Part], reader: Reader, split: str, downloads: Path) -> Iterator[tuple[Line, Record]]:
+    for part in parts:
+        yield from part.records(reader, split, downloads)
 
 
 def is_held_out(record: Record, share: float) -> bool:

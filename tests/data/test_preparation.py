@@ -42,7 +42,7 @@ def write(path: Path, rows) -> Path:
 
 def run(path: Path, on_error: str = "skip", max_skips: float = 1.0):
     reader = Reader(on_error, max_skips)
-    examples = list(encoded_examples(reader, [path], parse_row, encoder(), lambda record: True))
+    examples = list(encoded_examples(reader, reader.records([path], parse_row), encoder(), lambda record: True))
     return examples, reader.tally
 
 
@@ -104,7 +104,7 @@ def test_no_row_vanishes(tmp_path_factory, lines: list[bytes]) -> None:
 def request(path: Path, **options) -> Request:
     fields = {
         "part": Part(None, str(path)),
-        "held_out": None,
+        "held_out": (),
         "eval_share": 0.3,
         "on_error": "raise",
         "max_skips": 0.01,
@@ -128,8 +128,29 @@ def test_held_out_prompts_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_a_file_of_held_out_rows(tmp_path: Path) -> None:
     path, other = write(tmp_path / "a.jsonl", [row(0), row(1)]), write(tmp_path / "b.jsonl", [row(2)])
-    place = prepare(request(path, held_out=Part(None, str(other))), encoder(), "t", tmp_path / "data")
+    place = prepare(request(path, held_out=(Part(None, str(other)),)), encoder(), "t", tmp_path / "data")
     assert [len(PreparedExamples(place, split)) for split in ("train", "eval")] == [2, 1]
+
+
+def test_held_out_rows_of_several_sources(tmp_path: Path) -> None:
+    path, hh = write(tmp_path / "a.jsonl", [row(0), row(1)]), write(tmp_path / "b.jsonl", [PUBLIC["hh"][0]] * 3)
+    tldr = write(tmp_path / "c.jsonl", [PUBLIC["tldr"][0] | {"split": "valid1"}])
+    settings = {"source": "files", "path": str(path), "dir": str(tmp_path / "data"), "vocab_size": 300}
+
+    def held_out(eval_path: str):
+        config = base.get_config()
+        config.data.update(**settings, eval_path=eval_path, prompt_length=60, answer_length=9)
+        config.update({"train": {"steps": 1}, "model": {"context_length": 99}})
+        data = sources.open_dataset(from_config_dict(config).data)
+        texts = [tokenizers.decode(data.tokenizer, example.prompt) for example in data.held_out]
+        return texts, data.held_out.fingerprint
+
+    texts, own = held_out(f"{path} + hh:{hh} + tldr:{tldr}")
+    assert Counter(text.strip()[:5] for text in texts) == {"p0": 1, "p1": 1, "Human": 3, "SUBRE": 1}
+    assert texts != sorted(texts) and [text.strip()[:1] for text in texts[:3]] != ["p", "p", "H"]  # in a drawn order
+    assert own != held_out(f"hh:{hh} + {path} + tldr:{tldr}")[1]
+    with pytest.raises(ValueError, match="leave the weights out"):
+        held_out(f"2*{path}")
 
 
 def test_preparation_is_done_once_and_anew_when_anything_changes(tmp_path: Path, monkeypatch) -> None:
@@ -149,7 +170,7 @@ def test_preparation_is_done_once_and_anew_when_anything_changes(tmp_path: Path,
 def test_nothing_left_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", [row(0) | {"chosen": " "}])
     with pytest.raises(ValueError, match=r"no example is left for 'train': of 1 rows.*'empty answer': 1"):
-        prepare(request(path, held_out=Part(None, str(path))), encoder(), "t", tmp_path / "data")
+        prepare(request(path, held_out=(Part(None, str(path)),)), encoder(), "t", tmp_path / "data")
 
 
 def test_mixtures_are_parsed(tmp_path: Path) -> None:
@@ -168,7 +189,7 @@ def test_a_mixture_holds_each_source_as_often_as_its_weight_says(tmp_path: Path)
     sources = []
     for name, count in (("a", 40), ("b", 10)):
         path = write(tmp_path / f"{name}.jsonl", [row(i) | {"prompt": f"{name}{i}"} for i in range(count)])
-        place = prepare(request(path, held_out=Part(None, str(path))), encoder(), "t", tmp_path / "data")
+        place = prepare(request(path, held_out=(Part(None, str(path)),)), encoder(), "t", tmp_path / "data")
         sources.append(PreparedExamples(place, "train"))
     mixed = Mixture(sources, [0.5, 2.5])
     uids = Counter(mixed[i].uid for i in range(len(mixed)))
@@ -189,6 +210,11 @@ def test_a_mixture_holds_each_source_as_often_as_its_weight_says(tmp_path: Path)
     tokens = [np.concatenate([mixed[i].prompt, *(a.tokens for a in mixed[i].answers)]) for i in range(len(mixed))]
     least, greatest = mixed.token_range()
     assert least <= min(t.min() for t in tokens) and max(t.max() for t in tokens) <= greatest
+    drawn = Mixture(sources, [0.5, 2.5], shuffled=True)
+    assert [e.uid for e in drawn] != [e.uid for e in mixed] and {e.uid for e in list(drawn)[:30]} & set(range(40, 50))
+    assert sorted(e.uid for e in drawn) == sorted(e.uid for e in mixed)
+    assert drawn.contents().tolist() == [packing.contents_of(e) for e in drawn]
+    assert drawn.fingerprint != mixed.fingerprint
     with pytest.raises(ValueError, match="leave no example"):
         Mixture(sources, [1.0, 0.01])
 
@@ -252,10 +278,12 @@ def test_public_sets_are_read_and_come_from_their_origin(name: str, tmp_path: Pa
     assert all(url.startswith(("https://huggingface.co/datasets/", "https://openaipublic.blob.core")) for url in urls)
     file = write(tmp_path / "rows.jsonl", [raw] * 3)
     place = prepare(
-        request(file, part=Part(name, str(file)), held_out=Part(name, str(file)))
+        request(file, part=Part(name, str(file)), held_out=(Part(name, str(file)),))
         if name != "tldr"
         else request(
-            file, part=Part(name, str(file)), held_out=Part("hh", str(write(tmp_path / "hh.jsonl", [PUBLIC["hh"][0]])))
+            file,
+            part=Part(name, str(file)),
+            held_out=(Part("hh", str(write(tmp_path / "hh.jsonl", [PUBLIC["hh"][0]]))),),
         ),
         encoder(),
         "t",
@@ -269,7 +297,7 @@ def test_rows_of_the_other_split_are_counted_apart(tmp_path: Path) -> None:
     reader = Reader("raise", 0.0)
     path = write(tmp_path / "a.json", [raw, raw | {"split": "valid1"}])
     parse = PUBLIC_SETS["tldr"].parser("eval")
-    assert len(list(encoded_examples(reader, [path], parse, encoder(), lambda record: True))) == 1
+    assert len(list(encoded_examples(reader, reader.records([path], parse), encoder(), lambda record: True))) == 1
     assert (reader.tally.rows, reader.tally.used, reader.tally.other_split) == (2, 1, 1)
 
 
