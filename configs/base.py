@@ -31,9 +31,7 @@ def get_config() -> ConfigDict:
                 "batch_size": 64,  # examples in a batch, over all devices; of the packed layout rows
                 "flip": 0.0,  # share of the training labels that are flipped, drawn by seed; held-out ones stay
                 # For the source "files":
-                "eval_path": placeholder(
-                    str
-                ),  # held-out sources, as path; None holds out data.eval_share of the prompts
+                "eval_path": placeholder(str),  # held-out sources, as path; None holds out eval_share of the prompts
                 "eval_share": 0.05,
                 "mixture_seed": 0,  # of the examples that a weight such as 0.5 takes; not seed: seeds share data
                 "tokenizer": placeholder(str),  # folder of a tokenizer; None trains one of vocab_size in data.dir
@@ -118,8 +116,8 @@ def get_config() -> ConfigDict:
             },
             "eval": {
                 "every": 50,  # steps; also before the first and after the last
-                # Held-out examples for loss, accuracy and margins, 0 leaves them out: the first of a file; of several files
-                # or sources the first in an order that is drawn once.
+                # Held-out examples for loss, accuracy and margins, 0 leaves them out: the first of a file; of several
+                # files or sources the first in an order that is drawn once.
                 "examples": 256,
                 "prompts": 0,  # held-out prompts to be answered; 0 leaves samples out
                 "temperature": 1.0,

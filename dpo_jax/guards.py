@@ -83,7 +83,7 @@ def make_probe(
             "opt_state": state.opt_state,
             _POLICY: jax.lax.map(lambda b: own.policy(state.params, b).sum, batch.answers),
             _REFERENCE: jax.lax.map(lambda b: own.reference(state.reference, b).sum, batch.answers),
-            "loss": metrics["loss"].numerator,
+            "loss": metrics["loss"].total,
             "gradient": grads,
         }
 

@@ -29,6 +29,25 @@ class Ratio:
 
 
 @struct.dataclass
+class Sum:
+    """A sum of means over different units, such as pairs and tokens; nan when nothing at all was counted.
+
+    A mean of nothing is no part of it.
+    """
+
+    means: tuple[Ratio, ...]
+
+    @property
+    def total(self) -> Array:
+        """The sum of all numerators, which is finite only where they are."""
+        return jnp.sum(jnp.stack([mean.numerator for mean in self.means]))
+
+    def compute(self) -> float:
+        counted = [mean.compute() for mean in self.means if float(mean.denominator)]
+        return sum(counted) if counted else float("nan")
+
+
+@struct.dataclass
 class Total:
     """A plain sum, such as tokens seen."""
 
@@ -60,7 +79,7 @@ class Correlation:
         return (xy / n - x / n * y / n) / (variances[0] * variances[1]) ** 0.5
 
 
-Metrics = Mapping[str, Any]  # name -> Ratio, Total or Correlation
+Metrics = Mapping[str, Any]  # name -> Ratio, Sum, Total or Correlation
 
 
 def mean(values: Array, weights: Array) -> Ratio:

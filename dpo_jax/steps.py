@@ -79,7 +79,7 @@ def with_update(gradient: GradientOf, optimizer: AdamW, config: StepConfig) -> T
         norm, one = optax.global_norm(grads), jnp.float32(1.0)
         rate = hyper.learning_rate * schedule(config.schedule, state.step, warmup=config.warmup, steps=config.steps)
         metrics = {**metrics, "grad_norm": Ratio(norm, one), "learning_rate": Ratio(rate, one)}
-        taken = allowed & jnp.all(jnp.isfinite(jnp.stack([metrics["loss"].numerator, norm, rate])))
+        taken = allowed & jnp.all(jnp.isfinite(jnp.stack([metrics["loss"].total, norm, rate])))
         params, opt_state = optimizer.update(state.params, state.opt_state, grads, norm, rate, taken)
         number = state.step + 1
         reference = _moved_reference(state.reference, params, number, taken, config)

@@ -46,7 +46,7 @@ def test_an_experiment_loads_and_its_step_has_a_shape(name: str, argument: str) 
     carry = jax.eval_shape(lambda s: builders.guarded(s, 0), builders.state_shapes(parts))
     after, metrics = jax.eval_shape(step, carry, batch, parts.hyper)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), carry)
-    assert metrics["loss"].numerator.shape == ()
+    assert metrics["loss"].means[0].numerator.shape == ()
 
 
 def test_examples_that_do_not_fit_are_named() -> None:

@@ -14,7 +14,7 @@ from dpo_jax.data.layouts import Shape
 from dpo_jax.guards import Finding, Guarded, Watch, first_not_finite, guard
 from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Meter
-from dpo_jax.metrics import Correlation, Ratio, Total
+from dpo_jax.metrics import Correlation, Ratio, Sum, Total
 from dpo_jax.optim import AdamW
 from dpo_jax.state import Hyper, StepConfig, TrainState
 from dpo_jax.steps import SKIPPED, with_update
@@ -27,7 +27,7 @@ NAN = float("nan")
 def fake_gradient(state: TrainState, batch, hyper):
     """The batch is (loss, gradient); statistics count."""
     loss, gradient = batch
-    return {"w": gradient}, {"loss": Ratio(loss, jnp.float32(1))}, {"n": state.loss_state["n"] + 1}
+    return {"w": gradient}, {"loss": Sum((Ratio(loss, jnp.float32(1)),))}, {"n": state.loss_state["n"] + 1}
 
 
 STEP = with_update(fake_gradient, AdamW(0.0, 0.0, 0.0, 0.0, None), StepConfig(2, "constant", 0, 10, 1))

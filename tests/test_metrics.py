@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_jax.metrics import Correlation, Ratio, Total, compute, correlation, mean, merge
+from dpo_jax.metrics import Correlation, Ratio, Sum, Total, compute, correlation, mean, merge
 
 
 def test_mean():
@@ -40,6 +40,21 @@ def test_value_without_weight_does_not_count(bad):
 
 def test_value_with_weight_counts_even_when_it_is_not_finite():
     assert math.isnan(mean(jnp.array([1.0, math.nan]), jnp.ones(2)).compute())
+
+
+def test_a_sum_of_means_leaves_out_those_of_nothing_but_not_those_that_are_not_finite():
+    of_pairs, of_tokens, of_nothing = Ratio(6.0, 2.0), Ratio(5.0, 10.0), Ratio(0.0, 0.0)
+    assert Sum((of_pairs, of_tokens)).compute() == 3.5
+    assert Sum((of_pairs, of_nothing)).compute() == 3.0
+    assert math.isnan(Sum((of_nothing, of_nothing)).compute())
+    assert math.isnan(Sum((of_pairs, Ratio(math.nan, 3.0))).compute())
+    twice = merge({"loss": Sum((of_pairs, of_tokens))}, {"loss": Sum((Ratio(0.0, 1.0), Ratio(5.0, 2.0)))})
+    assert compute(twice)["loss"] == pytest.approx(2.0 + 10 / 12)
+    assert [math.isfinite(Sum((of_pairs, Ratio(x, 1.0))).total) for x in (1.0, math.inf, -math.inf)] == [
+        True,
+        False,
+        False,
+    ]
 
 
 def test_nothing_counted_is_nan():

@@ -14,6 +14,7 @@ from dpo_jax.losses.base import Answers, Loss
 from dpo_jax.losses.bco import INITIAL_SHIFT, bco_pair, bco_unpaired, reward_shift
 from dpo_jax.losses.beta_dpo import INITIAL_THRESHOLD, beta_dpo, dynamic_beta
 from dpo_jax.losses.cpo import cpo
+from dpo_jax.losses.cpo import likelihood as cpo_likelihood
 from dpo_jax.losses.discopop import discopop
 from dpo_jax.losses.dpo import dpo, sigmoid_norm
 from dpo_jax.losses.dpop import dpop
@@ -23,6 +24,7 @@ from dpo_jax.losses.ipo import ipo
 from dpo_jax.losses.kto import kto, reference_point, weight_warning
 from dpo_jax.losses.nca import nca_pair
 from dpo_jax.losses.odpo import odpo
+from dpo_jax.losses.orpo import likelihood as orpo_likelihood
 from dpo_jax.losses.orpo import orpo
 from dpo_jax.losses.r_dpo import r_dpo
 from dpo_jax.losses.robust import robust
@@ -54,8 +56,10 @@ LOSSES: dict[str, Loss] = {
     "dpop": _shaped(dpop),
     "beta_dpo": _shaped(beta_dpo, couples_batch=True, statistic=dynamic_beta, state=INITIAL_THRESHOLD),
     "simpo": Loss(simpo, sees="pairs", needs_reference=False, reduction="mean"),
-    "cpo": Loss(cpo, sees="pairs", needs_reference=False),
-    "orpo": Loss(orpo, sees="pairs", needs_reference=False, needs_prompt=True, reduction="mean"),
+    "cpo": Loss(cpo, likelihood=cpo_likelihood, sees="pairs", needs_reference=False),
+    "orpo": Loss(
+        orpo, likelihood=orpo_likelihood, sees="pairs", needs_reference=False, needs_prompt=True, reduction="mean"
+    ),
     "unlikelihood": Loss(unlikelihood, sees="pairs", needs_reference=False),
     "kto": Loss(kto, sees="answers", needs_mismatched=True, statistic=reference_point, advice=weight_warning),
     "apo_zero_unpaired": Loss(apo_zero_unpaired, sees="answers"),

@@ -58,6 +58,8 @@ class Loss:
 
     Attributes:
       fn: the loss.
+      likelihood: the part of ``fn`` that is a mean over the chosen answers' tokens; it takes the same arguments, and
+        ignores those that it does not need. None has no such part.
       sees: "chosen" answers only, "pairs", or "answers" of either kind.
       needs_reference: whether it reads ``reference_B`` (through ``ratio_B`` or ``shaped_B``).
       needs_mismatched: whether its statistic reads answers of other examples (KTO).
@@ -75,6 +77,7 @@ class Loss:
     """
 
     fn: Callable[..., Array]
+    likelihood: Callable[..., Array] | None = field(default=None, kw_only=True)
     sees: Literal["chosen", "pairs", "answers"]
     needs_reference: bool = True
     needs_mismatched: bool = False

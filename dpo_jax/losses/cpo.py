@@ -30,4 +30,11 @@ def cpo(
     Returns:
       float32 [B].
     """
-    return logistic(beta * (chosen.logp_B - rejected.logp_B), label_smoothing) + nll_weight * sft(chosen)
+    pairs_B = logistic(beta * (chosen.logp_B - rejected.logp_B), label_smoothing)
+    return pairs_B + likelihood(chosen, rejected, nll_weight=nll_weight)
+
+
+def likelihood(chosen: Answers, rejected: Answers, *, nll_weight: float, **_: float) -> Array:
+    """α·NLL(chosen), the part of ``cpo`` that is a mean over tokens, [B]."""
+    del rejected
+    return nll_weight * sft(chosen)

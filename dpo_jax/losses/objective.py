@@ -16,7 +16,7 @@ from dpo_jax.losses.divergences import DIVERGENCES
 from dpo_jax.losses.hyper import SHARED, fill, parameters_of
 from dpo_jax.losses.parse import check_options, nearest, parse_sum
 from dpo_jax.losses.reporting import preference_metrics, statistic_metrics
-from dpo_jax.metrics import Ratio
+from dpo_jax.metrics import Ratio, Sum
 from dpo_jax.types import CHOSEN, PROMPT, REJECTED, UNUSED, Array, SequenceLogps
 
 REDUCTIONS = ("sum", "mean", "desensitized")
@@ -50,6 +50,11 @@ class Totals:
     answers: Array
     chosen_tokens: Array
     chosen_prompt_tokens: Array
+
+    @property
+    def full_tokens(self) -> Array:
+        """Tokens of the chosen answers with their prompts."""
+        return self.chosen_tokens + self.chosen_prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -192,10 +197,13 @@ class Objective:
         for term in self.terms:
             units, mask_B = self._units(term, hyper, scored, totals)
             values_B = term.loss.fn(*units, **term.own(hyper), **numbers.get(term.name, {}))
-            if self.wpo:
-                values_B = values_B * _wpo_weight(term.loss, scored.policy)
-            out[term.name] = jnp.where(mask_B, values_B, 0.0), mask_B
+            out[term.name] = self._weighted(term, scored, values_B, mask_B), mask_B
         return out
+
+    def _weighted(self, term: Term, scored: Scored, values_B: Array, mask_B: Array) -> Array:
+        if self.wpo:
+            values_B = values_B * _wpo_weight(term.loss, scored.policy)
+        return jnp.where(mask_B, values_B, 0.0)
 
     def loss(self, hyper: Mapping[str, Array], scored: Scored, totals: Totals, numbers: Mapping[str, Any]) -> Array:
         """This shard's part of the global loss: Σ_terms weight · Σ_B value / (units in the global batch).
@@ -223,11 +231,11 @@ class Objective:
         """
         own = self.totals(scored.role, scored.policy.count)
         values = self.values(hyper, scored, totals, numbers)
-        means = {t.name: _mean(values[t.name][0], t.loss, totals) for t in self.terms}
-        whole = sum((t.weight(hyper) * means[t.name] for t in self.terms), jnp.float32(0.0))
-        metrics: dict[str, Any] = {"loss": _share(whole, self.terms[0].loss, own, totals)}
+        means = {t.name: self._means(t, hyper, scored, own, totals, values[t.name][0]) for t in self.terms}
+        weighted = [Ratio(t.weight(hyper) * m.numerator, m.denominator) for t in self.terms for m in means[t.name]]
+        metrics: dict[str, Any] = {"loss": Sum(tuple(weighted))}
         if len(self.terms) > 1:
-            metrics |= {f"loss/{t.name}": _share(means[t.name], t.loss, own, totals) for t in self.terms}
+            metrics |= {f"loss/{name}": Sum(parts) for name, parts in means.items()}
         policy, reference = (jax.tree.map(lambda a: a[..., 0], s) for s in (scored.policy, scored.reference))
         metrics |= preference_metrics(
             policy,
@@ -236,6 +244,21 @@ class Objective:
             self._rewards(hyper, policy, reference),
         )
         return metrics | statistic_metrics(numbers, own.answers)
+
+    def _means(
+        self, term: Term, hyper: Mapping[str, Array], scored: Scored, own: Totals, totals: Totals, values_B: Array
+    ) -> tuple[Ratio, ...]:
+        """A shard's part of a loss: a mean over what it sees and, where it has a likelihood part, one over tokens."""
+        loss, total = term.loss, _mean(values_B, term.loss, totals)
+        if loss.sees == "chosen":
+            return (_share(total, "chosen_tokens", own, totals),)
+        if loss.likelihood is None:
+            return (_share(total, loss.sees, own, totals),)
+        units, mask_B = self._units(term, hyper, scored, totals)
+        tokens_B = self._weighted(term, scored, loss.likelihood(*units, **term.own(hyper)), mask_B)
+        tokens = _mean(tokens_B, loss, totals)
+        unit = "full_tokens" if loss.needs_prompt else "chosen_tokens"
+        return _share(total - tokens, loss.sees, own, totals), _share(tokens, unit, own, totals)
 
     def _rewards(self, hyper: Mapping[str, Array], policy: SequenceLogps, reference: SequenceLogps) -> Array:
         """β times the summed log-ratio or, without a reference, the reduced log-probability.
@@ -279,7 +302,7 @@ class Objective:
             prompt_sum_B=scored.policy.sum[..., -1] if self.needs_prompt else jnp.zeros_like(logp),
             score_B=scored.score[..., 0],
             mean_count=jnp.maximum(totals.chosen_tokens, 1.0) / chosen,
-            mean_full_count=jnp.maximum(totals.chosen_tokens + totals.chosen_prompt_tokens, 1.0) / chosen,
+            mean_full_count=jnp.maximum(totals.full_tokens, 1.0) / chosen,
         )
 
     def _reduce(self, term: Term, logps: SequenceLogps, hyper: Mapping[str, Array]) -> tuple[Array, Array]:
@@ -354,12 +377,8 @@ def _mean(values_B: Array, loss: Loss, totals: Totals) -> Array:
     return jnp.sum(values_B) / jnp.maximum(getattr(totals, loss.sees), 1.0)
 
 
-def _share(value: Array, loss: Loss, own: Totals, totals: Totals) -> Ratio:
-    """A shard's part of a mean over the global batch, so that adding parts over shards and batches is exact.
-
-    The likelihood term is a mean over tokens, and is weighted by them when batches are put together.
-    """
-    unit = "chosen_tokens" if loss.sees == "chosen" else loss.sees
+def _share(value: Array, unit: str, own: Totals, totals: Totals) -> Ratio:
+    """A shard's part of a mean over the units of the global batch: adding parts over shards and batches is exact."""
     return Ratio(value * getattr(totals, unit), getattr(own, unit))
 
 

@@ -27,8 +27,13 @@ def orpo(chosen: Answers, rejected: Answers, *, beta: float = 0.1) -> Array:
       float32 [B], nats per token.
     """
     log_odds_ratio_B = log_odds(chosen.logp_B) - log_odds(rejected.logp_B)
-    likelihood_B = (chosen.prompt_sum_B + chosen.sum_B) / chosen.mean_full_count
-    return -likelihood_B - beta * jax.nn.log_sigmoid(log_odds_ratio_B)
+    return likelihood(chosen, rejected) - beta * jax.nn.log_sigmoid(log_odds_ratio_B)
+
+
+def likelihood(chosen: Answers, rejected: Answers, **_: float) -> Array:
+    """NLL(prompt + chosen), the part of ``orpo`` that is a mean over tokens, [B]."""
+    del rejected
+    return -((chosen.prompt_sum_B + chosen.sum_B) / chosen.mean_full_count)
 
 
 def log_odds(logp_B: Array) -> Array:

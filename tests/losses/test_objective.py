@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from dpo_jax.metrics import compute, merge
 from dpo_jax.types import CHOSEN, REJECTED, UNUSED
 from tests.losses.examples import make_scored, prepare
 
+APART = [n for n, loss in LOSSES.items() if not loss.couples_batch]
 SUMS = ["dpo + 0.2*bco_pair + 1e-3*sft", "kto + sft", "orpo", "cpo"]
 
 
@@ -153,7 +156,7 @@ def test_changing_a_number_does_not_trace_again(name, rng):
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize("name", [*(n for n, loss in LOSSES.items() if not loss.couples_batch), "kto + sft"])
+@pytest.mark.parametrize("name", [*APART, "kto + sft"])
 def test_a_shard_adds_its_part(name, rng):
     """Loss, gradient and metrics of two shards add up to those of the whole; padding adds nothing."""
     objective, hyper = make_objective(name, wpo=name != "sft")
@@ -178,6 +181,25 @@ def test_a_shard_adds_its_part(name, rng):
         merged = merge(merged, piece[2])
     assert compute(merged) == pytest.approx(compute(metrics), rel=1e-4, abs=1e-5)
     assert compute(merged)["loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+@pytest.mark.parametrize("wpo", [False, True])
+@pytest.mark.parametrize("name", [*APART, "kto + sft", "dpo + 0.5*sft + 2*orpo"])
+def test_the_loss_of_many_batches_is_that_of_all_in_one(name, wpo, rng):
+    """Of held-out data: batches of one to five examples, each with totals of its own, add up to the loss of all."""
+    objective, hyper = make_objective(name, wpo=wpo and name != "sft")
+    whole = make_scored(rng, 8)
+    cuts = [slice(0, 1), slice(1, 3), slice(3, 8)]
+
+    def metrics(scored):
+        return objective.metrics(hyper, scored, *prepare(objective, hyper, scored))
+
+    parts = [metrics(jax.tree.map(lambda a, cut=cut: a[cut], whole)) for cut in cuts]
+    expected = compute(metrics(whole))
+    found = compute(functools.reduce(merge, parts))
+    losses = [key for key in expected if key == "loss" or key.startswith("loss/")]
+    assert {key: found[key] for key in losses} == pytest.approx({key: expected[key] for key in losses}, rel=1e-5)
+    assert expected["loss"] == pytest.approx(_loss(name, whole, wpo=objective.wpo), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", LOSSES)
