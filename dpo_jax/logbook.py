@@ -15,7 +15,9 @@ from dpo_jax.guards import SKIPPED, Watch
 from dpo_jax.meter import Meter
 from dpo_jax.writers import Writer
 
-KINDS = {kind.__name__: kind for kind in (metrics_lib.Ratio, metrics_lib.Total, metrics_lib.Correlation)}
+KINDS = {
+    kind.__name__: kind for kind in (metrics_lib.Ratio, metrics_lib.Sum, metrics_lib.Total, metrics_lib.Correlation)
+}
 
 
 class Logbook:
@@ -136,10 +138,18 @@ class Logbook:
             logging.warning("Warning: %s.", sentence)
 
 
-def _to_json(metric: Any) -> list[Any]:
-    return [type(metric).__name__, *(float(getattr(metric, f.name)) for f in dataclasses.fields(metric))]
+def _to_json(metric: Any) -> Any:
+    if isinstance(metric, tuple):
+        return {"of": [_to_json(part) for part in metric]}
+    if not dataclasses.is_dataclass(metric):
+        return float(metric)
+    return [type(metric).__name__, *(_to_json(getattr(metric, f.name)) for f in dataclasses.fields(metric))]
 
 
-def _from_json(values: list[Any]) -> Any:
-    kind, *numbers = values
-    return KINDS[kind](*(np.asarray(number, np.float32) for number in numbers))
+def _from_json(value: Any) -> Any:
+    match value:
+        case {"of": parts}:
+            return tuple(map(_from_json, parts))
+        case [kind, *fields]:
+            return KINDS[kind](*map(_from_json, fields))
+    return np.asarray(value, np.float32)

@@ -172,7 +172,7 @@ def add(log: Logbook, step: int) -> None:
 def metrics_of(step: int):
     x = np.float32(1) / np.float32(step)
     return {
-        "loss": Ratio(x, np.float32(3)),
+        "loss": Sum((Ratio(x, np.float32(3)), Ratio(x * x, np.float32(7)))),
         "tokens": Total(np.float32(step)),
         "corr": Correlation(*(np.float32(step) ** k * x for k in range(6))),
         "odd": Ratio(np.float32(NAN), x),
