@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
                 "heads": 6,
                 "mlp_width": 768,
                 "dtype": "float32",  # of activations and products; log-probabilities are always float32
-                "param_dtype": "float32",  # of parameters and the optimizer's state
+                "param_dtype": "float32",  # of parameters and the optimizer's state; bfloat16 for a base of adapters
                 "output_dtype": placeholder(str),  # of the product with the head; None is dtype
                 "attention": "auto",  # of whole rows: dense, splash (TPU), triton or cudnn (GPU), or what fits (auto)
                 # What layers keep for the backward pass, from most to least: all (none), products (dots), what

@@ -350,6 +350,12 @@ def _check_lora(c: Config) -> None:
         re.compile(c.lora.layers)
     except re.error as error:
         raise ValueError(f"config.lora.layers {c.lora.layers!r} is no regular expression: {error}") from error
+    if c.model.param_dtype == "bfloat16" and c.lora.rank is None:
+        raise ValueError(
+            "config.model.param_dtype is 'bfloat16' and config.lora.rank is not set: parameters that are trained must "
+            "be in float32, since updates at usual learning rates are lost in the rounding of bfloat16, and a mean "
+            "that keeps 0.999 of itself keeps all. For products in bfloat16 set config.model.dtype"
+        )
     if c.lora.init is not None and c.lora.rank is None:
         raise ValueError("config.lora.init is set and config.lora.rank is not: set it to the rank of those adapters")
     if c.lora.rank is not None and c.reference.sync_every is not None:

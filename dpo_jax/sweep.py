@@ -52,15 +52,17 @@ def run(
       {name: message} of the runs that failed.
 
     Raises:
-      ValueError: a bad index, or a folder of another run.
+      ValueError: a bad index, or the folder of a run, finished or not, belongs to another config.
       Stopped: a signal asked to stop; all is saved.
     """
     own = grid.share(runs, index, count)
     if together is None:
         together = 1 if jax.default_backend() == "cpu" else 8
+    place = folder / RUNS_FOLDER
+    for r in own:
+        workdir.check_owner(place / r.name, r.config)
     if index == 0:
         grid.write(folder, runs)
-    place = folder / RUNS_FOLDER
     shared, failed = shared or Shared(), dict[str, str]()
     begin = time.monotonic()
     waiting = [r for r in own if workdir.finished(place / r.name) is None]

@@ -201,6 +201,8 @@ class Trainer(OpenedRun):
         if start == 0:
             first = next(batches)
             self._evaluate(evaluators, log, carry, hyper, 0, meanwhile=partial(seat.prepare, carry, first))
+            if not (self.config.checkpoint.keep_best or "").startswith("train/"):
+                self._score(log)  # a name that nothing measures is found before anything is trained
             batches = itertools.chain([first], batches)
         shown_by = jax.process_index() if seat.shows else _NOBODY
         with Progress(self.steps, self.config.loss.name, start=start, process_index=shown_by) as progress:
@@ -282,13 +284,17 @@ class Trainer(OpenedRun):
             "reference": self._reference_hash,
             "memory": log.memory(),
         }
+        checkpoints.save(step, without_base(self.parts, state), meta, self._score(log))
+
+    def _score(self, log: Logbook) -> float | None:
+        """What the best checkpoint is told by."""
         best = self.config.checkpoint.keep_best
         if best is not None and best not in log.latest:
-            known = ", ".join(sorted(log.latest))
+            known = ", ".join(sorted(log.latest)) or "no numbers yet: config.eval is off"
             raise ValueError(
                 f"config.checkpoint.keep_best is {best!r}, which this run does not measure; it has {known}"
             )
-        checkpoints.save(step, without_base(self.parts, state), meta, None if best is None else log.latest[best])
+        return None if best is None else log.latest[best]
 
     @staticmethod
     def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:

@@ -31,7 +31,8 @@ def owned(workdir: Path, config: Config) -> Iterator[None]:
       config: the experiment.
 
     Raises:
-      ValueError: it belongs to another config; the keys that differ are listed.
+      ValueError: it belongs to another config; the keys that differ are listed. One in which nothing was done yet, such
+        as that of a start that failed, belongs to nobody.
       OSError: it cannot be written, or another process works in it.
     """
     with contextlib.ExitStack() as stack:
@@ -62,6 +63,16 @@ def finished(workdir: Path) -> dict[str, float] | None:
     """The summary of a finished run, None when it is not finished."""
     path = workdir / SUMMARY_FILE
     return _read_json(path) if path.is_file() else None
+
+
+def check_owner(workdir: Path, config: Config) -> None:
+    """Refuses the workdir of another config.
+
+    Raises:
+      ValueError: it belongs to one; the keys that differ are listed.
+    """
+    if (lines := _differences(workdir, config)) and _anything_done(workdir):
+        raise ValueError("\n  ".join([f"the workdir {workdir} belongs to another config:", *lines]) + f"\n{_ANEW}")
 
 
 def finish(workdir: Path, summary: Mapping[str, float]) -> None:
@@ -125,12 +136,22 @@ def _take(lock: TextIO, workdir: Path) -> None:
 
 
 def _claim(workdir: Path, config: Config) -> None:
+    check_owner(workdir, config)
+    if _differences(workdir, config) or not (workdir / CONFIG_FILE).is_file():
+        write_atomically(workdir / CONFIG_FILE, to_json(config))
+
+
+def _differences(workdir: Path, config: Config) -> list[str]:
+    """Keys in which a workdir's config is another one; none where it has no config yet."""
     path = workdir / CONFIG_FILE
     if not path.is_file():
-        write_atomically(path, to_json(config))
-    lines = differences(_experiment(json.loads(to_json(config))), _experiment(_read_json(path)))
-    if lines:
-        raise ValueError("\n  ".join([f"the workdir {workdir} belongs to another config:", *lines]) + f"\n{_ANEW}")
+        return []
+    return differences(_experiment(json.loads(to_json(config))), _experiment(_read_json(path)))
+
+
+def _anything_done(workdir: Path) -> bool:
+    files = (path for path in workdir.rglob("*") if path.name not in (CONFIG_FILE, LOCK_FILE) and path.is_file())
+    return any(path.stat().st_size for path in files)
 
 
 def _experiment(config: Mapping[str, Any]) -> dict[str, Any]:

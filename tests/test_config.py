@@ -59,6 +59,7 @@ def test_a_file_from_before_an_optional_key_is_read() -> None:
         ({"loss.reduction": "max"}, "unknown reduction 'max'"),
         ({"model.family": "gpt3"}, "config.model.family is 'gpt3'; known: gpt2"),
         ({"model.dtype": "float16"}, "config.model.dtype is 'float16'; known: float32, bfloat16"),
+        ({"model.param_dtype": "bfloat16"}, "parameters that are trained must be in float32"),
         ({"model.heads": 5}, "heads 5 must divide width"),
         ({"model.unroll": 3}, "unroll 3 must divide layers"),
         (

@@ -212,7 +212,7 @@ def test_another_reference_has_another_identity(pairs: Path) -> None:
         identity(pairs, **{"data.truncate": "keep_start"}),
         identity(pairs, **{"data.answer_length": 9}),
         identity(pairs, **{"model.dtype": "bfloat16"}),
-        identity(pairs, **{"model.param_dtype": "bfloat16"}),
+        identity(pairs, **{"model.param_dtype": "bfloat16", "lora.rank": 2}),
         identity(pairs, **{"model.output_dtype": "bfloat16"}),
         identity(pairs, **{"model.heads": 4}),  # whose parameters have the same shapes
     ]

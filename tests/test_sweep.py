@@ -157,6 +157,14 @@ def test_the_command_line_runs_a_file_and_shows_where_it_stands(data: Path, join
     assert done.returncode == 0 and "4 of 4 runs finished" in done.stderr, done.stderr
 
 
+def test_runs_of_another_config_are_not_taken_for_those_of_the_sweep(data: Path, solo: Path) -> None:
+    before = {path: path.read_bytes() for path in solo.rglob("*") if path.is_file()}
+    others = grid.expand(tiny_run.config_dict(data, **CHANGES, **{"train.steps": 99}), {**AXES, "seed": [0, 1, 2]})
+    with pytest.raises(ValueError, match=r"belongs to another config:\n  config.train.steps: 99 here, \d+ there"):
+        sweep.run(others, solo, together=1, shared=SHARED)
+    assert {path: path.read_bytes() for path in solo.rglob("*") if path.is_file()} == before
+
+
 def test_runs_on_a_mesh_train_on_their_own(runs: list[grid.Run], data: Path, tmp_path: Path) -> None:
     mesh = grid.expand(tiny_run.config_dict(data, **{"parallel.mode": "mesh"}), AXES)
     assert [[r.name for r in group] for group in sweep.groups(mesh, 8)] == [[r.name] for r in runs]

@@ -172,6 +172,14 @@ def test_a_workdir_of_another_config_is_refused(pairs, shared, tmp_path: Path) -
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_start_that_fails_leaves_the_workdir_to_another_config(pairs, shared, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="does not exist"):
+        train.run(tiny_run.make_config(pairs, **{"data.path": "/nowhere"}), tmp_path, shared)
+    config = tiny_run.make_config(pairs, **{"eval.prompts": 0})
+    assert train.run(config, tmp_path, shared)
+    assert workdir.read_config(tmp_path) == config
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -359,9 +367,11 @@ def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
 
 
 def test_keeping_the_best_of_an_unknown_metric_is_refused(pairs, shared, tmp_path: Path) -> None:
-    config = tiny_run.make_config(pairs, **QUICK, **{"checkpoint.keep_best": "eval/los"})
-    with pytest.raises(ValueError, match="keep_best is 'eval/los', which this run does not measure; .*train/loss"):
-        train.run(config, tmp_path, shared)
+    for name, known in (("eval/los", "eval/loss"), ("train/los", "train/loss")):
+        config = tiny_run.make_config(pairs, **{"eval.prompts": 0, "checkpoint.keep_best": name})
+        with pytest.raises(ValueError, match=f"keep_best is '{name}', which this run does not measure; .*{known}"):
+            train.run(config, tmp_path / known, shared)
+    assert [row["step"] for row in read_metrics(tmp_path / "eval/loss" / "metrics.jsonl")] == [0]
 
 
 def test_the_best_checkpoint_stays(pairs, shared, tmp_path: Path) -> None:
