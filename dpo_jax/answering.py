@@ -25,22 +25,45 @@ class Answerer:
       parallel: the devices; prompts are split over them.
       prompt_length: longest prompt, tokens.
       rows: prompts that are answered at a time, or as many more as divide over the devices.
-      settings: max_new_tokens, eos, top_k and top_p of :func:`make_sampler`.
+      max_new_tokens: room for an answer, tokens.
+      settings: eos, top_k and top_p of :func:`make_sampler`.
 
     Attributes:
       rows: prompts that are answered at a time.
+
+    Raises:
+      ValueError: no row, no room, or more tokens than the model has positions.
     """
 
-    def __init__(self, model: nn.Module, parallel: Parallel, *, prompt_length: int, rows: int, **settings: Any) -> None:
-        self.rows = -(-rows // parallel.parts) * parallel.parts
-        self._prompt_length, lanes = prompt_length, parallel.axis.parts
-        sampler = make_sampler(model, seats=self.rows * lanes // parallel.parts, lanes=lanes, **settings)
+    def __init__(
+        self,
+        model: nn.Module,
+        parallel: Parallel,
+        *,
+        prompt_length: int,
+        rows: int,
+        max_new_tokens: int,
+        **settings: Any,
+    ) -> None:
+        if rows < 1 or max_new_tokens < 1:
+            raise ValueError(f"rows is {rows} and max_new_tokens {max_new_tokens}; expected at least 1 of both")
+        if prompt_length + max_new_tokens > model.config.context_length:
+            raise ValueError(
+                f"prompts of up to {prompt_length} tokens and max_new_tokens {max_new_tokens} do not fit into the "
+                f"model's {model.config.context_length} positions; shorten one of them"
+            )
+        self._parts, lanes = parallel.row_parts, parallel.axis.parts
+        self.rows = -(-rows // self._parts) * self._parts
+        self._prompt_length, seats = prompt_length, self.rows * lanes // self._parts
+        sampler = make_sampler(model, max_new_tokens=max_new_tokens, seats=seats, lanes=lanes, **settings)
         self._sample = parallel.row_function(sampler, "sample")
 
     def __call__(
         self, params: Params, prompts: Sequence[np.ndarray], draws_R2: np.ndarray, temperature: float
     ) -> Begun[Samples]:
         """Begins to answer; the result has samples of all prompts, in order. Arguments and errors as of ``parts``."""
+        if not prompts:
+            raise ValueError("there is no prompt to answer; give at least one")
         begun = list(self.parts(params, prompts, draws_R2, temperature))
         return Begun(lambda: jax.tree.map(lambda *arrays: np.concatenate(arrays), *(b.result() for b in begun)))
 
@@ -79,5 +102,9 @@ class Answerer:
                 )
             tokens_RP[r, : len(prompt)], length_R[r] = prompt, len(prompt)
         draws_R2, count = np.pad(draws_R2, ((0, size - len(prompts)), (0, 0))), len(prompts)
-        begun = self._sample(params, tokens_RP, length_R, draws_R2, np.full(size, temperature, np.float32))
-        return Begun(lambda: jax.tree.map(lambda a: a[:count], begun.result()))
+        # Dealt out, so that each device has as many: a device computes the rows that lie together.
+        dealt = np.arange(size).reshape(-1, self._parts).T.ravel()
+        rows = (tokens_RP, length_R, draws_R2, np.full(size, temperature, np.float32))
+        begun = self._sample(params, *(a[dealt] for a in rows))
+        place = np.argsort(dealt)[:count]
+        return Begun(lambda: jax.tree.map(lambda a: a[place], begun.result()))

@@ -29,6 +29,7 @@ class DataParallel:
       devices: of all processes.
       axis: to be handed to the steps that are compiled here.
       parts: how many parts the rows of a batch are split into.
+      row_parts: how many parts those of a ``row_function`` are split into: each process has its own rows there.
       process: (index, count) of this process among those that read different rows.
       traces: how often each compiled function has been traced, by name; once is right.
     """
@@ -42,6 +43,7 @@ class DataParallel:
         own = {d.process_index for d in self.devices}
         self.process = (sorted(own).index(jax.process_index()), len(own)) if jax.process_index() in own else (0, 1)
         self._local = [d for d in self.devices if d.process_index == jax.process_index()]
+        self.row_parts = len(self._local)
 
     def train_step(self, step: Callable[..., Any]) -> Prepared:
         """Compiles (state, batch, hyper) → (state, metrics); the state's buffers are reused."""
@@ -205,7 +207,7 @@ class MeshParallel:
         sizes = [shape[name] for name in AXES]
         grid = mesh_utils.create_device_mesh(sizes, self.devices, allow_split_physical_axes=True)
         self.mesh = Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
-        self.parts = shape["data"] * shape["fsdp"]
+        self.parts = self.row_parts = shape["data"] * shape["fsdp"]
         self.axis = Axis(parts=self.parts)
         self.placement = Placement(axes, shape)
         self.traces: collections.Counter[str] = collections.Counter()

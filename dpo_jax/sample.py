@@ -114,7 +114,7 @@ def sample_run(workdir: Path, prompts: Sequence[str], request: Request) -> Resul
         parallel,
         prompt_length=max(map(len, tokens)),
         rows=min(request.rows, len(prompts) * request.completions),
-        max_new_tokens=request.max_new_tokens or config.data.answer_length,
+        max_new_tokens=config.data.answer_length if request.max_new_tokens is None else request.max_new_tokens,
         eos=tokenizer.eos_token_id,
         top_k=request.top_k,
         top_p=request.top_p,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from dpo_jax.models import logical_axes
 from dpo_jax.parallel import DataParallel, MeshParallel
 from dpo_jax.sampling import make_sampler, row_draws
 from dpo_jax.sharding import AXES
+from dpo_jax.state import ALONE
 from tests.tiny import VOCAB, tiny_model, tiny_params
 
 LONGEST, ROOM = 5, 7
@@ -55,6 +58,50 @@ def test_prompts_that_are_empty_or_too_long_are_refused(length: int) -> None:
     answer = Answerer(tiny_model(), parallel, prompt_length=LONGEST, rows=2, max_new_tokens=ROOM, eos=2)
     with pytest.raises(ValueError, match=f"a prompt has {length} tokens; .*at most data.prompt_length, {LONGEST}"):
         answer({}, [np.zeros(length, np.int32)], row_draws(0, np.arange(1)), 1.0)
+
+
+def test_no_prompt_at_all_is_refused() -> None:
+    parallel = DataParallel(jax.devices()[:1])
+    answer = Answerer(tiny_model(), parallel, prompt_length=LONGEST, rows=2, max_new_tokens=ROOM, eos=2)
+    with pytest.raises(ValueError, match="there is no prompt to answer"):
+        answer({}, [], row_draws(0, np.arange(0)), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 0}, "rows is 0 and max_new_tokens 7; expected at least 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens 0; expected at least 1"),
+        ({"max_new_tokens": 28}, "up to 5 tokens and max_new_tokens 28 do not fit into the model's 32 positions"),
+    ],
+)
+def test_limits_that_cannot_be_are_refused(changes, message: str) -> None:
+    limits = {"rows": 2, "max_new_tokens": ROOM, **changes}
+    with pytest.raises(ValueError, match=message):
+        Answerer(tiny_model(), DataParallel(jax.devices()[:1]), prompt_length=LONGEST, eos=2, **limits)
+
+
+@pytest.mark.parametrize("count", [3, 17, 31])
+def test_prompts_are_dealt_out_to_the_devices(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, found, parallel = _answers("2", count, 4)
+    given = []
+    sample = answer._sample
+    monkeypatch.setattr(answer, "_sample", lambda params, *rows: given.append(rows[1]) or sample(params, *rows))
+    params = parallel.replicate(tiny_params(tiny_model()))
+    again = answer(params, _prompts(count), row_draws(1, np.arange(count)), 1.0).result()
+    for length_R in given:
+        of_each = (length_R.reshape(2, -1) > 0).sum(axis=1)
+        assert of_each.sum() > 0 and abs(of_each[0] - of_each[1]) <= 1
+    np.testing.assert_array_equal(again.tokens_RT, found.tokens_RT)
+
+
+def test_each_process_has_seats_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under pmap each of two processes answers all prompts, on the two devices of four that are its own."""
+    made = {}
+    monkeypatch.setattr("dpo_jax.answering.make_sampler", lambda model, **settings: made.update(settings))
+    pod = SimpleNamespace(parts=4, row_parts=2, axis=ALONE, row_function=lambda fn, name: fn)
+    answer = Answerer(tiny_model(), pod, prompt_length=LONGEST, rows=15, max_new_tokens=ROOM, eos=2)
+    assert (answer.rows, made["seats"]) == (16, 8)
 
 
 def test_the_cache_is_split_over_the_devices_of_a_mesh() -> None:
