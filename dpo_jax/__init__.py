@@ -9,4 +9,4 @@ gc.set_threshold(20_000)
 # Models are our own: transformers need not say that it found no PyTorch.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

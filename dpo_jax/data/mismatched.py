@@ -13,7 +13,7 @@ def mismatch(examples: Sequence[Example]) -> list[Example]:
     """Each prompt with the answers of another example: those of the next one with another prompt, in the order of uids.
 
     So which answers meet which prompt depends on the examples of the batch, not on their order in it. Where all prompts
-    are the same there is no mismatched answer, and the next example is taken as it is.
+    are the same, as in a batch of one, there is no mismatched answer, and the next example is taken as it is.
 
     With uids and prompts (5, "a"), (2, "b"), (9, "a"): the order is 2, 5, 9; 2 "b" gets the answers of 5, 5 "a" those
     of 2 (9 has its own prompt), and 9 "a" those of 2.

@@ -34,7 +34,10 @@ def jensen_shannon(ratio_B: Array, alpha: Array) -> Array:
 
 
 def alpha_divergence(ratio_B: Array, alpha: Array) -> Array:
-    """(e^((α−1)x) − 1)/(α−1), which is x at α = 1: the α-divergence."""
+    """(e^((α−1)x) − 1)/(α−1): the α-divergence, the reverse KL at α = 1 and the forward one at 0, as TRL counts α.
+
+    The paper counts it from the other side: its f′(u) = (1 − u^(−α))/α is this at 1 − α.
+    """
     order = jnp.asarray(alpha, jnp.float32) - 1
     is_limit = jnp.abs(order) < 1e-6
     # The branch not taken must stay finite as well, or its gradient would poison the other one.
