@@ -7,6 +7,7 @@ import contextlib
 import logging as std_logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -133,7 +134,7 @@ def command() -> Iterator[None]:
     """What every program does around its work.
 
     It logs in plain words, keeps what is compiled for the next start, and ends on a user's mistake with its one message
-    and exit code 1, without a stack trace.
+    and exit code 1, without a stack trace. A process of several that fails waits for no other.
     """
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
@@ -147,7 +148,11 @@ def command() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, FloatingPointError) as error:
+        processes.leave(f"error: {error}")
         sys.exit(f"error: {error}")
+    except (Exception, KeyboardInterrupt):
+        processes.leave(traceback.format_exc().rstrip())
+        raise
 
 
 def with_gpu_flags(given: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import importlib.util
 import os
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -17,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 Result = TypeVar("Result")
 
 _TPU_FILES = ("/dev/accel*", "/dev/vfio/[0-9]*")
+_LAST_WORDS = 5.0  # seconds in which others that fail too can say why
 
 
 def start(coordinator: str | None, count: int | None, index: int | None) -> None:
@@ -129,6 +132,27 @@ def failing_together(kind: type[Exception]) -> Iterator[None]:
         error = raised
     if any_of(error is not None):
         raise error or kind("another process of this run found it so; its log says more")
+
+
+def leave(reason: str) -> None:
+    """Says why a process of several has failed, and ends it with exit code 1; in a run of one, returns.
+
+    To be called when all is closed. Where Python ends the process, JAX waits minutes for the others, which wait for it
+    in a collective, and then all are aborted. So they end when the collective fails, or within JAX's 100 s of silence.
+
+    Args:
+      reason: for stderr.
+    """
+    if not jax.distributed.is_initialized():
+        return
+    try:
+        print(reason, file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if first():  # the others are aborted when it ends
+            time.sleep(_LAST_WORDS)
+    finally:
+        os._exit(1)
 
 
 def _has_tpus() -> bool:

@@ -1,4 +1,4 @@
-"""Several processes: flags that fit together, and a run of two that is stopped, killed and ends as one would have."""
+"""Several processes: flags that fit together, errors, and a run of two that is stopped, killed and ends as one has."""
 
 from __future__ import annotations
 
@@ -103,6 +103,56 @@ def test_two_processes_agree(tmp_path: Path) -> None:
     assert said == [["[False, True] at work", "stopped at 4", reason, stored, "True"] for reason in reasons], answers
 
 
+FAILING = """if True:
+    import sys
+    from contextlib import closing
+    from dpo_jax import processes
+    from dpo_jax.main import command
+    from tests.test_processes import Farewell
+    index, port, failing = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    with command(), closing(Farewell()):
+        processes.start(f"localhost:{port}", 2, index)
+        processes.meet("here")
+        if str(index) in failing:
+            raise ValueError("only here") if failing == "1" else KeyError("ours")
+        processes.meet("there")
+"""
+
+
+class Farewell:
+    """What a run has to close."""
+
+    def close(self) -> None:
+        print("closed")
+
+
+def test_a_process_that_fails_does_not_wait_for_the_others() -> None:
+    """Nor do they for it: each tells what it knows, closes what it has open, and ends with 1 and no stack of C++."""
+    started = [*_start_failing("1"), *_start_failing("01")]
+    said = [_ended(process) for process in started]
+    assert [process.returncode for process in started] == [1] * 4, said
+    assert [out.splitlines()[-1] for out, _ in said] == ["closed"] * 4
+    assert said[1][1].splitlines()[-1] == "error: only here"
+    assert "Traceback" not in said[1][1]
+    assert all("Traceback" in text and text.splitlines()[-1] == "KeyError: 'ours'" for _, text in said[2:]), said
+
+
+def _start_failing(failing: str) -> list[subprocess.Popen[str]]:
+    port = str(_free_port())
+    commands = [[sys.executable, "-c", FAILING, str(index), port, failing] for index in range(2)]
+    # One device each: of several, some can wait for those that have noticed, until JAX misses the process.
+    return [_start(command, subprocess.PIPE, devices=1) for command in commands]
+
+
+def _ended(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process has said when it ends; one that waits for ever is killed."""
+    try:
+        return process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
+
+
 def test_two_processes_are_stopped_and_killed_and_one_ends_their_run(tmp_path: Path) -> None:
     """Stopped while trained by pmap over 2 × 4 devices, killed twice on a mesh over them, ended by one process alone.
 
@@ -167,10 +217,10 @@ def _start_two(config: Path, workdir: Path) -> list[subprocess.Popen[str]]:
     return [_start(tiny_run.command(*flags, f"--process_id={index}")) for index in range(2)]
 
 
-def _start(command: list[str], stdout: int = subprocess.DEVNULL) -> subprocess.Popen[str]:
-    # Four devices each; with few threads, collectives of many devices can wait for ever.
-    devices = {"XLA_FLAGS": f"{compiled.FLAGS} --xla_force_host_platform_device_count=4", "NPROC": "32"}
-    environment = {**os.environ, **tiny_run.environment(), **devices}
+def _start(command: list[str], stdout: int = subprocess.DEVNULL, devices: int = 4) -> subprocess.Popen[str]:
+    # With few threads, collectives of many devices can wait for ever.
+    flags = {"XLA_FLAGS": f"{compiled.FLAGS} --xla_force_host_platform_device_count={devices}", "NPROC": "32"}
+    environment = {**os.environ, **tiny_run.environment(), **flags}
     return subprocess.Popen(
         command, cwd=tiny_run.ROOT, env=environment, stdout=stdout, stderr=subprocess.PIPE, text=True
     )
