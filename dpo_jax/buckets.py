@@ -12,6 +12,7 @@ its name there, and the first run stops when it would write the next time.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import socket
@@ -46,6 +47,7 @@ def fetched(path: str | os.PathLike[str]) -> Path:
 
     Returns:
       The local path, or the local glob. Copies are kept, and copied anew when size or time in the bucket differ.
+      Where another process of this machine is fetching, it is waited for.
 
     Raises:
       OSError: there is no such thing in the bucket, or it cannot be read.
@@ -53,7 +55,7 @@ def fetched(path: str | os.PathLike[str]) -> Path:
     if not is_bucket(path):
         return Path(path)
     remote, place = epath.Path(path), _place(str(path))
-    with _explained(f"cannot read {path}"):
+    with _explained(f"cannot read {path}"), _alone_in(_root()):
         pattern = any(c in remote.name for c in "*?[")
         found = sorted(remote.parent.glob(remote.name)) if pattern else [remote]
         if not any(top.exists() for top in found):
@@ -238,7 +240,7 @@ def _refresh(source: epath.Path, target: Path) -> None:
     if target.exists() and (target.stat().st_size, int(target.stat().st_mtime)) == seen:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f"{target.name}.partial")
     _copy(source, partial)
     os.utime(partial, (stat.mtime, stat.mtime))
     partial.replace(target)
@@ -251,7 +253,23 @@ def _stamp(path: Path) -> tuple[int, int]:
 
 def _place(uri: str) -> Path:
     """Where copies of something in a bucket lie."""
-    return Path(tempfile.gettempdir(), "dpo_jax", *uri.rstrip("/").replace("://", "/").split("/"))
+    return _root().joinpath(*uri.rstrip("/").replace("://", "/").split("/"))
+
+
+def _root() -> Path:
+    return Path(tempfile.gettempdir(), "dpo_jax")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other processes of this machine waiting, until the block or this process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import posixpath
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,6 +123,33 @@ def shared() -> Shared:
 
 class Crash(Exception):
     """What no run expects."""
+
+
+class Slow:
+    """Has all who read an object of a store wait until they are told to go on.
+
+    Attributes:
+      reached: set when the object is read.
+      free: to be set, to go on.
+      opened: how often the object was opened.
+    """
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.reached, self.free, self.opened = threading.Event(), threading.Event(), 0
+        self._name, self._store_open = name, store.open
+        store.open = self._open  # type: ignore[method-assign]
+
+    def _open(self, path: str, mode: str) -> Any:
+        file = self._store_open(path, mode)
+        if path == self._name:
+            self.opened += 1
+            file.read = functools.partial(self._read, file.read)
+        return file
+
+    def _read(self, read: Callable[[int], bytes], size: int) -> bytes:
+        self.reached.set()
+        assert self.free.wait(60)
+        return read(size)
 
 
 class Kill:
@@ -267,6 +297,30 @@ def test_files_folders_and_globs_are_fetched(store: Store, tmp_path: Path) -> No
     store.put(f"{BUCKET}/data/b.jsonl", None)
     assert [path.name for path in find_files(f"{BUCKET}/data/*.jsonl")] == ["a.jsonl"]
     assert buckets.fetched("~/here/x*.json") == Path("~/here/x*.json")
+
+
+def test_two_who_fetch_the_same_folder_do_not_disturb_each_other(store: Store, tmp_path: Path) -> None:
+    for name in ("config.json", "weights"):
+        store.put(f"{BUCKET}/model/{name}", name.encode())
+    slow = Slow(store, f"{BUCKET}/model/weights")
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(buckets.fetched, f"{BUCKET}/model")
+        assert slow.reached.wait(60)
+        second = pool.submit(buckets.fetched, f"{BUCKET}/model")
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        slow.free.set()
+        folder = first.result(60)
+        assert second.result(60) == folder
+    assert sorted(path.read_text() for path in folder.iterdir()) == ["config.json", "weights"]
+    assert slow.opened == 1
+
+
+def test_what_a_killed_process_had_fetched_in_part_goes(store: Store) -> None:
+    store.put(f"{BUCKET}/model/weights", b"weights")
+    folder = buckets.fetched(f"{BUCKET}/model")
+    (folder / "weights.partial").write_bytes(b"wei")
+    assert list(buckets.fetched(f"{BUCKET}/model").iterdir()) == [folder / "weights"]
 
 
 def test_the_policy_of_a_run_in_a_bucket_is_where_another_starts(store: Store, shared: Shared, tmp_path: Path) -> None:
