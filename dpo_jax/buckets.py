@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
+import hashlib
 import os
 import shutil
 import socket
@@ -29,6 +31,7 @@ from etils import epath
 Item = TypeVar("Item")
 
 _OWNER, _MANIFEST, _SUMMARY, _CHECKPOINTS = ".owner", "manifest.json", "summary.json", "checkpoints"
+_MIRRORS = "workdirs"
 _NEVER = (-1, 0)
 _CHUNK = 2**24  # bytes copied at a time
 _COPIES = 8  # files copied at a time
@@ -82,6 +85,8 @@ def local(path: str | os.PathLike[str], what: str) -> Path:
 class Mirror:
     """A workdir in a bucket and the local folder in which its run works.
 
+    What killed and failed runs of the workdir have left on this machine is removed.
+
     Args:
       uri: the workdir, such as ``gs://bucket/run``.
 
@@ -90,9 +95,13 @@ class Mirror:
     """
 
     def __init__(self, uri: str) -> None:
-        place = _place(uri)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix=f"{place.name}.", dir=place.parent))
+        uri = uri.rstrip("/")
+        own = f"{uri.rpartition('/')[2]}.{hashlib.sha256(uri.encode()).hexdigest()[:16]}."
+        place = _root() / _MIRRORS
+        with _alone_in(place):
+            _remove_unlocked(place.glob(f"{glob.escape(own)}*"))
+            self.folder = Path(tempfile.mkdtemp(prefix=own, dir=place))
+            self._lock = _locked(self.folder)  # until it is removed or this process ends
         self._remote = epath.Path(uri)
         self._name = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex})"
         self._stamps: dict[str, tuple[int, int]] = {}  # of files when they were copied into the bucket
@@ -140,6 +149,11 @@ class Mirror:
             self._remove(self._stamps.keys() - stamps.keys())
             self._stamps = stamps
 
+    def remove(self) -> None:
+        """Removes the local folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        os.close(self._lock)
+
     def _remove(self, names: Iterable[str]) -> None:
         for name in sorted(names, key=_rank, reverse=True):
             (self._remote / name).unlink(missing_ok=True)
@@ -166,12 +180,14 @@ def mirrored(workdir: str | os.PathLike[str], index: int = 0) -> Iterator[tuple[
     push = mirror.push if index == 0 else lambda: None
     try:
         yield mirror.folder, push
-    except BaseException:
+    except BaseException as error:
         with contextlib.suppress(OSError):  # what a failed run leaves to be looked at; its error is the one that counts
             push()
+            if isinstance(error, SystemExit):  # stopped with all saved
+                mirror.remove()
         raise
     push()
-    shutil.rmtree(mirror.folder, ignore_errors=True)
+    mirror.remove()
 
 
 _LOGS, _ARRAYS, _SEALS, _END = range(4)
@@ -264,12 +280,34 @@ def _root() -> Path:
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keeps other processes of this machine waiting, until the block or this process ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)
+    lock = _locked(folder)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
         yield
     finally:
         os.close(lock)
+
+
+def _locked(folder: Path, wait: int = 0) -> int:
+    """Locks a folder until what is returned is closed, or this process ends.
+
+    Raises:
+      BlockingIOError: another one has locked it, and ``wait`` is ``fcntl.LOCK_NB``.
+    """
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | wait)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _remove_unlocked(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # a run is at work there, or it is gone already
+            lock = _locked(folder, fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import io
 import posixpath
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +21,7 @@ from dpo_jax import buckets, integrity, train
 from dpo_jax.config import Config
 from dpo_jax.data.files import find_files
 from dpo_jax.shared import Shared
+from dpo_jax.stopping import Stopped
 from dpo_jax.writers import read_metrics
 from tests import tiny_run
 
@@ -273,6 +276,55 @@ def test_what_a_failed_run_leaves_is_kept(store: Store) -> None:
     with pytest.raises(Crash):
         fail()
     assert store.objects.keys() == {f"{RUN}/.owner", f"{RUN}/not_finite/case"}
+
+
+def test_a_run_that_stops_with_all_saved_leaves_nothing_on_this_machine(store: Store, tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(Stopped), buckets.mirrored(RUN) as (folder, _):  # noqa: PT012 - what happens inside matters
+            (folder / "metrics.jsonl").write_text("1")
+            raise Stopped
+    assert store.objects[f"{RUN}/metrics.jsonl"] == b"1"
+    assert not [path for path in (tmp_path / "tmp").rglob("*") if path.is_file()]
+    assert not folder.exists()
+
+
+def test_a_run_that_stops_where_the_bucket_cannot_be_written_leaves_what_it_has(store: Store) -> None:
+    with pytest.raises(Stopped), buckets.mirrored(RUN) as (folder, _):  # noqa: PT012 - what happens inside matters
+        buckets.Mirror(RUN).claim()
+        (folder / "metrics.jsonl").write_text("1")
+        raise Stopped
+    assert (folder / "metrics.jsonl").read_text() == "1"
+
+
+KILLED = """
+import os, signal, sys
+from dpo_jax import buckets
+for uri in sys.argv[1:]:
+    mirror = buckets.Mirror(uri)
+    (mirror.folder / "metrics.jsonl").write_text("1")
+    print(mirror.folder, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_what_a_killed_run_leaves_goes_with_its_next_start(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "tmp").mkdir()
+    environment = {**tiny_run.environment(), "TMPDIR": str(tmp_path / "tmp")}
+    command = [sys.executable, "-c", KILLED, RUN, f"{RUN}.2", f"{RUN}/part"]
+    killed = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    own, *others = map(Path, killed.stdout.split())
+    assert own.is_dir() and len(others) == 2, killed.stderr
+    mirrors = [buckets.Mirror(uri) for uri in (RUN, f"{RUN}/")]
+    assert not own.exists()
+    assert all(folder.is_dir() for folder in (*others, *(mirror.folder for mirror in mirrors)))
+
+
+def test_a_bucket_may_be_fetched_whole_by_a_run_in_it(store: Store) -> None:
+    store.put(f"{BUCKET}/a.jsonl", b"a")
+    mirror = buckets.Mirror(RUN)
+    (mirror.folder / "metrics.jsonl").write_text("1")
+    assert (buckets.fetched(BUCKET) / "a.jsonl").read_text() == "a"
+    assert (mirror.folder / "metrics.jsonl").read_text() == "1"
 
 
 def test_files_folders_and_globs_are_fetched(store: Store, tmp_path: Path) -> None:
