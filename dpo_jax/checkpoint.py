@@ -71,6 +71,9 @@ class Checkpoints:
     Attributes:
       folder: where they lie.
       blocked: seconds that ``save`` and ``wait`` have kept the run waiting.
+
+    Raises:
+      OSError: they cannot be written there.
     """
 
     def __init__(
@@ -89,6 +92,8 @@ class Checkpoints:
         for pattern in (f"{_INCOMPLETE}*", f"{_REMOVED}*") if writes else ():
             for leftover in self.folder.glob(pattern):
                 shutil.rmtree(leftover, ignore_errors=True)
+        if writes:
+            _check_renames(self.folder)
         self._scores = {step: _score_of(self.folder / str(step)) for step in steps_in(self.folder)}
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -226,6 +231,29 @@ class Checkpoints:
 def open_newest(workdir: Path) -> Saved:
     """The newest checkpoint of another run; see :func:`dpo_jax.snapshot.newest_saved`."""
     return newest_saved(Path(workdir).absolute() / FOLDER)
+
+
+def _check_renames(folder: Path) -> None:
+    """Renames a folder that holds another, as the end of a save does: not every mounted bucket can.
+
+    Raises:
+      OSError: it cannot be done here.
+    """
+    probe, renamed = folder / f"{_INCOMPLETE}probe", folder / f"{_REMOVED}probe"
+    with _explained(f"cannot write to {folder}"):
+        (probe / "part").mkdir(parents=True)
+        (probe / "part" / "file").touch()
+    try:
+        probe.rename(renamed)
+    except OSError as error:
+        raise OSError(
+            f"cannot rename folders in {folder}, as every checkpoint is: {error}; mount a bucket with a hierarchical "
+            "namespace (gcloud storage buckets create --enable-hierarchical-namespace), or choose a --workdir on a "
+            "local disk"
+        ) from error
+    finally:
+        for place in (probe, renamed):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _remove_for_good(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from pathlib import Path
 
@@ -56,6 +58,24 @@ def test_a_run_may_be_told_to_stop_at_damage(workdir: Path) -> None:
     with pytest.raises(DamagedError, match=r"the checkpoint of step 10 is damaged: .* is missing.*on_damage=fall_back"):
         restore(workdir, stop_at_damage=True)
     assert (workdir / "checkpoints" / "10").is_dir()
+
+
+def test_where_folders_cannot_be_renamed_a_run_does_not_begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = os.rename
+
+    def refuse(source: Path, target: Path) -> None:
+        """As gcsfuse in a bucket without a hierarchical namespace, even with --rename-dir-limit."""
+        if any(path.is_dir() for path in source.glob("*")):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(source))
+        rename(source, target)
+
+    monkeypatch.setattr("os.rename", refuse)
+    with pytest.raises(
+        OSError, match="cannot rename folders in .*checkpoints, as .*Too many open files.*hierarchical name"
+    ):
+        Checkpoints(tmp_path)
+    assert not list((tmp_path / "checkpoints").iterdir())
+    Checkpoints(tmp_path, writes=False).close()
 
 
 def test_with_all_damaged_nothing_is_begun_anew(workdir: Path) -> None:

@@ -33,7 +33,8 @@ flags
   --spot                capacity that may be taken away at any time
   --reservation=NAME    capacity that is reserved
   --service_account=S   of the hosts; it must be able to write to the bucket
-  --mount=BUCKET        mounts a bucket as /mnt/BUCKET on all hosts, with gcsfuse
+  --mount=BUCKET        mounts a bucket as /mnt/BUCKET on all hosts, with gcsfuse; for a workdir in it, the bucket needs a
+                        hierarchical namespace
   --python=3.12         version on the hosts
   --restarts=100        of run, at most
   --poll=30             seconds between two looks at the TPU
