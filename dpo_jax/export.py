@@ -2,7 +2,11 @@
 
     python -m dpo_jax.export --workdir=runs/imdb/dpo --out=runs/imdb/dpo-hf
 
-Adapters are merged into the weights; with --adapter they alone are written, as a folder of PEFT.
+Adapters are merged into the weights; with --adapter they alone are written, as a folder of PEFT. Where they were
+trained on the policy of a run, that is exported first, and given as their base:
+
+    python -m dpo_jax.export --workdir=runs/sft --out=runs/sft-hf
+    python -m dpo_jax.export --workdir=runs/dpo --out=runs/dpo-adapter --adapter --base=runs/sft-hf
 """
 
 from __future__ import annotations
@@ -11,17 +15,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax.numpy as jnp
 from absl import logging
 
 from dpo_jax import buckets
+from dpo_jax.checkpoint import open_newest
 from dpo_jax.config import Config, to_json
 from dpo_jax.convert.peft import write_adapters
-from dpo_jax.convert.pretrained import save_pretrained
+from dpo_jax.convert.pretrained import open_pretrained, save_pretrained
 from dpo_jax.data.folders import replaced_folder
 from dpo_jax.data.tokenizer import open_tokenizer
 from dpo_jax.sources import tokenizer_folder
-from dpo_jax.start import load_adapters, load_policy, make_start_model
+from dpo_jax.start import difference_from_start, load_adapters, load_policy, make_start_model
 from dpo_jax.workdir import read_config
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -53,27 +59,50 @@ def export(workdir: Path, out: Path, *, dtype: str = "float32", shard_bytes: int
     logging.info("wrote %s", out)
 
 
-def export_adapter(workdir: Path, out: Path, *, dtype: str = "float32") -> None:
+def export_adapter(workdir: Path, out: Path, *, dtype: str = "float32", base: str | None = None) -> None:
     """Exports the newest adapters of a run, as PEFT does.
 
     Args:
       workdir: the run's folder.
       out: the new folder; an older one there is replaced once all is written.
       dtype: of the adapters' file, a name in DTYPES.
+      base: folder or hub id of the model that they stand on; None is ``init.hf``, where the run began with that.
 
     Raises:
-      OSError: no run, no tokenizer, or no room.
-      ValueError: an unknown dtype, no checkpoint, or a run without adapters.
+      OSError: no run, no tokenizer, no such base, or no room.
+      ValueError: an unknown dtype, no checkpoint, a run without adapters, or another base than they were trained on.
     """
     _check_dtype(dtype)
     config = read_config(workdir)
     tokenizer = open_tokenizer(tokenizer_folder(config.data))
-    model, adapters = load_adapters(workdir, make_start_model(config, len(tokenizer)))
+    plain = make_start_model(config, len(tokenizer))
+    model, adapters = load_adapters(workdir, plain)
+    base = _base(config, workdir) if base is None else _checked_base(base, workdir, plain)
     with replaced_folder(out, "the exported adapters") as folder:
-        write_adapters(folder, model, adapters, config.init.hf, jnp.dtype(dtype))
+        write_adapters(folder, model, adapters, base, jnp.dtype(dtype))
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(config, _summary(workdir), adapter=True), encoding="utf-8")
     logging.info("wrote %s", out)
+
+
+def _base(config: Config, workdir: Path) -> str | None:
+    if config.init.run is None:
+        return config.init.hf
+    raise ValueError(
+        f"the adapters of {workdir} stand on the policy of {config.init.run} (config.init.run), a workdir, which PEFT "
+        f"cannot read: write it by python -m dpo_jax.export --workdir={config.init.run} --out=FOLDER, and give "
+        "--base=FOLDER"
+    )
+
+
+def _checked_base(base: str, workdir: Path, model: nn.Module) -> str:
+    params = open_pretrained(base).params(model)
+    if difference := difference_from_start(open_newest(workdir), params):
+        raise ValueError(
+            f"--base={base} is not what the adapters of {workdir} were trained on ({difference}): give the model that "
+            "the run started from, exported in float32 or in the dtype of its parameters"
+        )
+    return base
 
 
 def _check_dtype(dtype: str) -> None:
@@ -85,7 +114,7 @@ def model_card(config: Config, results: dict[str, Any], adapter: bool = False) -
     """What the model (or an adapter of it) is, in Markdown: data, loss, results and the whole config."""
     numbers = "\n".join(f"| {name} | {value:.6g} |" for name, value in results.items())
     table = f"| metric | value |\n|---|---|\n{numbers}\n" if results else "The run has not been finished.\n"
-    base = config.init.hf or config.init.run or f"random parameters (seed {config.seed})"
+    base = config.init.run or config.init.hf or f"random parameters (seed {config.seed})"
     source = config.data.source if config.data.path is None else f"{config.data.source}: {config.data.path}"
     library, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
     return (
@@ -114,13 +143,16 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", "float32", DTYPES, "of the weights")
     flags.DEFINE_float("shard_gb", 5.0, "largest file of a model's weights, gigabytes")
     flags.DEFINE_bool("adapter", False, "write the adapters alone, as a folder of PEFT")
+    flags.DEFINE_string("base", None, "with --adapter: the exported model that they were trained on; else init.hf")
 
     def _main(_: list[str]) -> None:
         f = flags.FLAGS
         with command():
+            if f.base and not f.adapter:
+                raise ValueError("--base is the model under adapters that are written alone: give --adapter too")
             workdir, out = buckets.fetched(f.workdir), buckets.local(f.out, "--out")
             if f.adapter:
-                export_adapter(workdir, out, dtype=f.dtype)
+                export_adapter(workdir, out, dtype=f.dtype, base=f.base)
                 return
             export(workdir, out, dtype=f.dtype, shard_bytes=int(f.shard_gb * 1e9))
 

@@ -132,15 +132,20 @@ def load_adapters(workdir: Path, model: nn.Module) -> tuple[nn.Module, Params]:
     return model, open_newest(workdir).params(_shapes(model)[1])
 
 
+def difference_from_start(saved: Saved, params: Params) -> str | None:
+    """Both hashes, where parameters are not those that the run of a checkpoint began with; None where they are."""
+    found, expected = hash_tree(params), saved.meta["start"]
+    return None if found == expected else f"hash {found}, expected {expected}"
+
+
 def _merged(workdir: Path, saved: Saved, vocab_size: int) -> Params:
     config = read_config(workdir)
     model = make_start_model(config, vocab_size)
     base = start_params(config, model)
-    found, expected = hash_tree(base), saved.meta["start"]
-    if found != expected:
+    if difference := difference_from_start(saved, base):
         raise ValueError(
             f"{config.init.run or config.init.hf} (the base of {workdir}) holds other parameters than when adapters "
-            f"were trained on it (hash {found}, expected {expected}); bring them back"
+            f"were trained on it ({difference}); bring them back"
         )
     adapted, adapters = load_adapters(workdir, model)
     return lora.merge(base, adapters, adapted.config.adapter.scale)
