@@ -13,9 +13,7 @@ _PARTS = {"attn.c_attn": "qkv", "attn.c_proj": "attention_out", "mlp.c_fc": "mlp
 
 
 def _read(hf: Any) -> dict[str, Any]:
-    require(
-        hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), tie_word_embeddings=True, add_cross_attention=False
-    )
+    require(hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), add_cross_attention=False)
     require(hf, scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False)
     return dict(
         vocab_size=hf.vocab_size,
@@ -25,6 +23,7 @@ def _read(hf: Any) -> dict[str, Any]:
         heads=hf.n_head,
         mlp_width=hf.n_inner or 4 * hf.n_embd,
         norm_epsilon=hf.layer_norm_epsilon,
+        tied_head=hf.tie_word_embeddings,
     )
 
 
@@ -37,6 +36,7 @@ def _write(c: Gpt2Config) -> dict[str, Any]:
         n_head=c.heads,
         n_inner=c.mlp_width,
         layer_norm_epsilon=c.norm_epsilon,
+        tie_word_embeddings=c.tied_head,
     )
 
 
@@ -45,6 +45,7 @@ GPT2 = Table(
     prefix="transformer.",
     rules=(
         Rule("transformer.wte.weight", "token_embedding"),
+        Rule("lm_head.weight", "head"),
         Rule("transformer.wpe.weight", "position_embedding"),
         *layer_norm(f"{_H}.ln_1", "blocks/attention_norm"),
         *layer_norm(f"{_H}.ln_2", "blocks/mlp_norm"),
@@ -54,5 +55,5 @@ GPT2 = Table(
     ),
     read=_read,
     write=_write,
-    ignored=r"lm_head\.weight|transformer\.h\.\d+\.attn\.(masked_)?bias",
+    ignored=r"transformer\.h\.\d+\.attn\.(masked_)?bias",
 )

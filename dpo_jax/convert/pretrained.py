@@ -21,7 +21,7 @@ from dpo_jax.convert.gpt2 import GPT2
 from dpo_jax.convert.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from dpo_jax.convert.neox import NEOX
 from dpo_jax.convert.table import Table
-from dpo_jax.convert.tensors import Entry, read_entries
+from dpo_jax.convert.tensors import Entry, read_entries, same_numbers
 from dpo_jax.models import FAMILIES, make_model, param_shapes
 from dpo_jax.types import Params, Targets, on_host
 
@@ -79,8 +79,9 @@ class Pretrained:
         shapes = param_shapes(model)
         slots = make_slots(table.rules, shapes)
         entries = _with_prefix(read_entries(self.folder), table.prefix)
-        ignored = "|".join(filter(None, (table.ignored, r"lm_head\.weight" if self.fields.get("tied_head") else "")))
-        check_names(slots, entries, ignored, self.folder)
+        if "head" not in shapes:
+            entries = _without_head(entries, table, self.folder)
+        check_names(slots, entries, table.ignored, self.folder)
         return read_params(slots, entries, targets(shapes))
 
 
@@ -189,3 +190,19 @@ def _with_prefix(entries: Mapping[str, Entry], prefix: str) -> dict[str, Entry]:
     if any(name.startswith(prefix) for name in entries):
         return dict(entries)
     return {f"{prefix}{name}": entry for name, entry in entries.items()}
+
+
+def _without_head(entries: Mapping[str, Entry], table: Table, folder: Path) -> dict[str, Entry]:
+    """Leaves out the head of a model whose embedding is its head: some files have it twice.
+
+    Raises:
+      ValueError: the two are not the same. transformers does not tie them then, whatever config.json says.
+    """
+    names = {rule.ours: rule.theirs for rule in table.rules}
+    head, embedding = names["head"], names["token_embedding"]
+    if head in entries and embedding in entries and not same_numbers(entries[head], entries[embedding]):
+        raise ValueError(
+            f"{entries[head].path}: tensor {head} is not the embedding ({embedding}), and by {folder / CONFIG} the two "
+            "are one: set tie_word_embeddings to false there for a model with a head of its own, or remove the tensor"
+        )
+    return {name: entry for name, entry in entries.items() if name != head}

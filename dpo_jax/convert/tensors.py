@@ -18,6 +18,7 @@ import numpy as np
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_BLOCK = 2**24  # bytes of a tensor that are compared at a time
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
@@ -62,6 +63,16 @@ class Entry:
         if flat.size != math.prod(shape):
             raise OSError(f"{self.path}: tensor {self.name} ends after {flat.nbytes} of {len(rows) * row} bytes")
         return flat.reshape(shape)
+
+
+def same_numbers(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are equal; some rows of each are read at a time. Raises as ``Entry.read``."""
+    if one.shape != other.shape:
+        return False
+    count = one.shape[0] if one.shape else 1
+    rows = max(1, _BLOCK * count // max(one.size, other.size, 1))
+    parts = (slice(start, start + rows) for start in range(0, count, rows))
+    return all(np.array_equal(one.read(p.start, p.stop), other.read(p.start, p.stop), equal_nan=True) for p in parts)
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:

@@ -136,6 +136,43 @@ def test_names_on_one_side_alone_are_listed_for_both(tmp_path: Path) -> None:
     assert "not in the files: model.layers.1.mlp.up_proj.weight" in str(e.value) and str(tmp_path) in str(e.value)
 
 
+HEADS = {"gpt2": "lm_head.weight", "llama3_tied": "lm_head.weight", "neox_sequential_linear_tied": "embed_out.weight"}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_head_beside_a_tied_embedding_is_the_same_or_is_refused(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "_BLOCK", 700)  # bytes: five rows, and 96 are no multiple of that
+    pretrained = ours.write_folder(tmp_path, name, 0)
+    before = named_leaves(pretrained.params(pretrained.model()))
+    _rewrite(tmp_path, lambda a: a.update({HEADS[name]: before["token_embedding"].copy()}))
+    after = named_leaves(pretrained.params(pretrained.model()))
+    assert after.keys() == before.keys()
+    np.testing.assert_array_equal(after["token_embedding"], before["token_embedding"])
+    _rewrite(tmp_path, lambda a: a[HEADS[name]].__setitem__((95, 31), 7.0))
+    with pytest.raises(ValueError, match=rf"{HEADS[name]} is not the embedding.*set tie_word_embeddings to false"):
+        _load(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tie_word_embeddings": False}))
+    pretrained = open_pretrained(str(tmp_path))
+    assert pretrained.params(pretrained.model())["head"][95, 31] == 7.0
+    _rewrite(tmp_path, lambda a: a.update({HEADS[name]: before["token_embedding"][:90]}))
+    path.write_text(json.dumps(cases.config_of(name)))
+    with pytest.raises(ValueError, match=f"{HEADS[name]} is not the embedding"):
+        _load(tmp_path)
+
+
+def test_an_untied_gpt2_survives(tmp_path: Path) -> None:
+    sizes = dict(vocab_size=20, context_length=8, width=8, layers=1, heads=2, mlp_width=8, tied_head=False)
+    model = make_model("gpt2", sizes)
+    params = named_leaves(init_params(model, jax.random.key(0)))
+    save_pretrained(tmp_path, model, init_params(model, jax.random.key(0)))
+    pretrained = open_pretrained(str(tmp_path))
+    assert pretrained.model().config == model.config
+    np.testing.assert_array_equal(named_leaves(pretrained.params(model))["head"], params["head"])
+
+
 def test_a_wrong_shape_names_file_and_tensor(tmp_path: Path) -> None:
     ours.write_folder(tmp_path, "llama_untied", 0)
     _rewrite(tmp_path, lambda a: a.update({"model.norm.weight": np.zeros(31, np.float32)}))
