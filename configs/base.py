@@ -34,7 +34,7 @@ def get_config() -> ConfigDict:
                 "eval_path": placeholder(str),  # held-out sources, as path; None holds out eval_share of the prompts
                 "eval_share": 0.05,
                 "mixture_seed": 0,  # of the examples that a weight such as 0.5 takes; not seed: seeds share data
-                "tokenizer": placeholder(str),  # folder of a tokenizer; None trains one of vocab_size in data.dir
+                "tokenizer": placeholder(str),  # folder or hub id; None trains one of vocab_size in data.dir
                 "template": "plain",  # how conversations become text: plain, or chat (the tokenizer's own template)
                 "turns": "last",  # which assistant turns of an unpaired conversation are trained on: last or all
                 "truncate": "keep_end",  # which part of a prompt that is too long stays: keep_end or keep_start

@@ -3,7 +3,7 @@
     python -m dpo_jax.train --config=configs/hf_dpo.py --workdir=runs/mine \\
         --config.init.hf=MODEL --config.data.path=FILE
 
-MODEL is a folder with config.json, safetensors and a tokenizer.
+MODEL is a folder with config.json, safetensors and a tokenizer, or the id of such a model on the hub.
 """
 
 from ml_collections import ConfigDict

@@ -96,7 +96,7 @@ def _base(config: Config, workdir: Path) -> str | None:
 
 
 def _checked_base(base: str, workdir: Path, model: nn.Module) -> str:
-    params = open_pretrained(base).params(model)
+    params = open_pretrained(base, key="--base").params(model)
     if difference := difference_from_start(open_newest(workdir), params):
         raise ValueError(
             f"--base={base} is not what the adapters of {workdir} were trained on ({difference}): give the model that "

@@ -11,7 +11,7 @@ from typing import Any
 
 from absl import logging
 
-from dpo_jax import buckets
+from dpo_jax import buckets, hub
 from dpo_jax.config import DataConfig
 from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.imdb import load_reviews
@@ -146,10 +146,17 @@ def imdb_reward(data: DataConfig, name: str) -> Reward:
 
 
 def tokenizer_folder(data: DataConfig) -> Path:
-    """Where the tokenizer lies: the one that a config names, else the one of its data folder."""
+    """Where the tokenizer lies: the one that a config names, else the one of its data folder.
+
+    Raises:
+      OSError: the one that a config names is neither here nor in its bucket nor on the hub.
+    """
     if data.tokenizer is not None:
-        return buckets.fetched(data.tokenizer)
+        return hub.find(data.tokenizer, _TOKENIZER_KEY, hub.SETTINGS)
     return Path(data.dir) / f"tokenizer-{data.vocab_size}"
+
+
+_TOKENIZER_KEY = "config.data.tokenizer (config.init.hf, where it is the model's own)"
 
 
 def flipped(data: Dataset, share: float, seed: int) -> Dataset:

@@ -20,6 +20,8 @@ from dpo_jax.trees import structure_diff
 from dpo_jax.types import Params, Targets, on_host
 from dpo_jax.workdir import read_config
 
+_KEY = "config.init.hf"
+
 
 def make_start_model(config: Config, vocab_size: int) -> nn.Module:
     """The module of a run, without adapters; ``init.hf`` gives its family and sizes where it is set, else ``model``.
@@ -43,7 +45,7 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
         sizes = dict(context_length=m.context_length, width=m.width, layers=m.layers, heads=m.heads)
         rest = dict(vocab_size=vocab_size, mlp_width=m.mlp_width, unroll=m.unroll)
         return make_model(m.family, sizes | rest | settings)
-    pretrained = open_pretrained(config.init.hf)
+    pretrained = open_pretrained(config.init.hf, key=_KEY)
     sizes = dict(pretrained.fields)
     longest = config.data.prompt_length + config.data.answer_length
     if vocab_size > sizes["vocab_size"] or longest > sizes["context_length"]:
@@ -72,7 +74,7 @@ def start_params(config: Config, model: nn.Module, targets: Targets = on_host) -
     if config.init.run is not None:
         return load_policy(buckets.fetched(config.init.run), model, targets)
     if config.init.hf is not None:
-        return open_pretrained(config.init.hf).params(model, targets)
+        return open_pretrained(config.init.hf, key=_KEY).params(model, targets)
     return run_compiled(lambda key: init_params(rolled(model), key), jax.random.key(config.seed))
 
 

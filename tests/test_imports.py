@@ -19,6 +19,7 @@ LAYERS = {
     "dpo_jax.hashing": 0,
     "dpo_jax.integrity": 0,
     "dpo_jax.buckets": 0,
+    "dpo_jax.hub": 0,
     "dpo_jax.allocator": 0,
     "dpo_jax.ahead": 0,
     "dpo_jax.lora": 1,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,8 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 import transformers
-from huggingface_hub import snapshot_download
 
-from dpo_jax import buckets
+from dpo_jax import hub
 from dpo_jax.convert.engine import check_names, make_slots, read_params, write_params
 from dpo_jax.convert.gemma import GEMMA2, GEMMA3
 from dpo_jax.convert.gpt2 import GPT2
@@ -38,8 +36,6 @@ TABLES: dict[str, Table] = {
 }
 
 CONFIG = "config.json"
-_HUB_FILES = ("*.safetensors", "*.json", "*.jinja")  # weights, settings and chat templates
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
@@ -85,20 +81,19 @@ class Pretrained:
         return read_params(slots, entries, targets(shapes))
 
 
-def open_pretrained(name: str, revision: str | None = None) -> Pretrained:
+def open_pretrained(name: str, revision: str | None = None, key: str = "the model") -> Pretrained:
     """Finds a model and reads its config.
 
     Args:
       name: a folder, also in a bucket, or the id of a model on the Hugging Face hub, such as ``org/model``.
       revision: branch, tag or commit on the hub.
+      key: of the config, which holds the name; for messages.
 
     Raises:
       OSError: no such folder or model, a damaged config.json.
       ValueError: an architecture, an activation or a RoPE type that is not supported.
     """
-    folder = buckets.fetched(name).expanduser()
-    if not folder.is_dir():
-        folder = _download(name, revision)
+    folder = hub.find(name, key, hub.MODEL, revision)
     path = folder / CONFIG
     raw = read_json(path)
     kind = raw.get("model_type")
@@ -158,18 +153,6 @@ def family_of(model: nn.Module) -> str:
         if type(model) is module:
             return family
     raise ValueError(f"{type(model).__name__} is no model family; known: {', '.join(FAMILIES)}")
-
-
-def _download(name: str, revision: str | None) -> Path:
-    if not _HUB_ID.fullmatch(name):
-        raise FileNotFoundError(f"there is no folder {name}, and it is no id of a model on the hub (org/model)")
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except Exception as error:  # each version of the client has its own kinds
-        raise OSError(
-            f"there is no folder {name}, and the hub does not give a model of that name: {error}. Check the name, "
-            "the network, and for gated models `hf auth login`"
-        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

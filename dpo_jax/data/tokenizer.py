@@ -26,7 +26,7 @@ SPECIAL_TOKENS = (PAD, BOS, EOS, MORE)  # ids 0 to 3
 
 _FILE = "tokenizer.json"
 _ALPHABET = 256  # a byte-level vocabulary holds every byte
-_REMEDY = "Train the tokenizer again, or point to a folder that `save_tokenizer` or `save_pretrained` wrote."
+_REMEDY = "Train the tokenizer again, or set config.data.tokenizer to a folder that `save_pretrained` wrote."
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -236,7 +236,9 @@ def test_damaged_and_missing_configs_and_unknown_names(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": ')
     with pytest.raises(OSError, match=r"config\.json is damaged"):
         open_pretrained(str(tmp_path))
-    with pytest.raises(FileNotFoundError, match="no folder no-such-model, and it is no id"):
+    with pytest.raises(
+        FileNotFoundError, match="the model is 'no-such-model': there is no such folder, and it is no id"
+    ):
         open_pretrained("no-such-model")
     with pytest.raises(OSError, match="hub does not give a model of that name"):
         open_pretrained("org/no-such-model")
