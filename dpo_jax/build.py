@@ -249,6 +249,11 @@ def make_pipeline(config: Config, parts: Parts, source: Source, process: tuple[i
 def check_examples(source: Source, shape: Shape, vocab_size: int) -> Counter[int]:
     """Looks at all examples, so that one that does not fit is named now, and not in the middle of a run.
 
+    Args:
+      source: the examples.
+      shape: has room for them.
+      vocab_size: V of the model.
+
     Returns:
       Number of answers by role.
 
@@ -283,8 +288,8 @@ def _check_example(example: Example, shape: Shape, vocab_size: int) -> None:
     tokens = np.concatenate([example.prompt, *(answer.tokens for answer in example.answers)])
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise ValueError(
-            f"example {example.uid} has tokens from {tokens.min()} to {tokens.max()}; the tokenizer has those "
-            f"below {vocab_size}: prepare the examples with the tokenizer of this run"
+            f"example {example.uid} has tokens from {tokens.min()} to {tokens.max()}; the model has rows for those "
+            f"below {vocab_size}: prepare the examples with its tokenizer (config.data.tokenizer)"
         )
 
 

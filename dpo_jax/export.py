@@ -52,6 +52,8 @@ def export(workdir: Path, out: Path, *, dtype: str = "float32", shard_bytes: int
     model = make_start_model(config, len(tokenizer))
     params = load_policy(workdir, model)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    # transformers refuses a padding token that the embedding has no row for.
+    ids = {name: token if token is None or token < model.config.vocab_size else None for name, token in ids.items()}
     with replaced_folder(out, "the exported model") as folder:
         save_pretrained(folder, model, params, dtype=jnp.dtype(dtype), shard_bytes=shard_bytes, token_ids=ids)
         tokenizer.save_pretrained(folder)

@@ -24,7 +24,7 @@ from dpo_jax.models import rolled
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.rewards import Reward
 from dpo_jax.shared import Shared, program_key
-from dpo_jax.start import start_params
+from dpo_jax.start import check_tokenizer, start_params
 from dpo_jax.state import TrainState
 from dpo_jax.types import CHOSEN, REJECTED, Params, PreferenceBatch
 
@@ -63,12 +63,14 @@ class OpenedRun:
         self.data = sources.flipped(opened, config.data.flip, config.seed)
         self.parts = build(config, vocab_size=len(self.data.tokenizer), answers=self.data.answers)
         model = self.parts.model
+        rows = model.config.vocab_size
+        self.shared.get(("tokenizer", clean, rows), partial(check_tokenizer, self.data.tokenizer, model))
         self.parallel = shared_devices(self.shared, config, model)
         check_divides(config.data.batch_size, config.train.micro_batches, self.parallel.parts)
         roles, _ = (
             self.shared.get(
-                ("examples", source_fingerprint(source), self.parts.shape),
-                partial(check_examples, source, self.parts.shape, len(self.data.tokenizer)),
+                ("examples", source_fingerprint(source), self.parts.shape, rows),
+                partial(check_examples, source, self.parts.shape, rows),
             )
             for source in (self.data.train, self.data.held_out)
         )

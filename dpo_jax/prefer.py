@@ -28,7 +28,7 @@ from dpo_jax.opened import shared_completer, shared_devices, shared_reward
 from dpo_jax.progress import Progress, duration
 from dpo_jax.rewards import Reward
 from dpo_jax.shared import Shared
-from dpo_jax.start import load_policy, make_start_model
+from dpo_jax.start import check_tokenizer, load_policy, make_start_model
 from dpo_jax.workdir import owned
 
 EXAMPLES_FOLDER = "examples"
@@ -84,6 +84,7 @@ class _PairMaker:
         self.tokenizer = sources.imdb_tokenizer(config.data)
         self.reward: Reward = shared_reward(shared, config.data, config.prefer.reward)
         model = make_start_model(config, len(self.tokenizer))
+        check_tokenizer(self.tokenizer, model)
         parallel = shared_devices(shared, config, model)
         self.params = parallel.replicate(load_policy(buckets.fetched(config.init.run or ""), model))
         self.completer = shared_completer(shared, config, model, self.tokenizer, parallel, config.prefer.batch_size)

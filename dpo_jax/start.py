@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from absl import logging
 
 from dpo_jax import buckets, lora
 from dpo_jax.checkpoint import Saved, open_newest
@@ -28,11 +30,11 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
 
     Args:
       config: the experiment.
-      vocab_size: V of the tokenizer.
+      vocab_size: V of the tokenizer; a model of ``init.hf`` keeps its own.
 
     Raises:
       OSError: ``init.hf`` cannot be read.
-      ValueError: sizes that do not fit; a model with fewer tokens or positions than the data has.
+      ValueError: sizes that do not fit; a model with fewer positions than the data has.
     """
     m = config.model
     settings = dict(
@@ -48,13 +50,41 @@ def make_start_model(config: Config, vocab_size: int) -> nn.Module:
     pretrained = open_pretrained(config.init.hf, key=_KEY)
     sizes = dict(pretrained.fields)
     longest = config.data.prompt_length + config.data.answer_length
-    if vocab_size > sizes["vocab_size"] or longest > sizes["context_length"]:
+    if longest > sizes["context_length"]:
         raise ValueError(
-            f"config.init.hf {config.init.hf} has {sizes['vocab_size']} tokens, {sizes['context_length']} positions; "
-            f"the tokenizer has {vocab_size} tokens and sequences have up to {longest} (config.data.prompt_length + "
-            "config.data.answer_length): set config.data.tokenizer to the model's folder, or shorten the sequences"
+            f"config.init.hf {config.init.hf} has {sizes['context_length']} positions; sequences have up to {longest} "
+            "(config.data.prompt_length + config.data.answer_length): shorten them"
         )
     return pretrained.model(**settings, unroll=m.unroll)
+
+
+def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
+    """Looks whether a model knows the tokens that all sequences have; how many of the others it lacks is logged.
+
+    Some tokenizers have tokens that no text holds, as Gemma 3 has one for images, and their models no rows for them.
+
+    Args:
+      tokenizer: of the data.
+      model: of ``make_start_model``.
+
+    Raises:
+      ValueError: BOS or EOS has no row in the model.
+    """
+    rows = model.config.vocab_size
+    for name, token in (("BOS", tokenizer.bos_token_id), ("EOS", tokenizer.eos_token_id)):
+        if token is not None and token >= rows:
+            raise ValueError(
+                f"the tokenizer's {name} token is {token}, and the model has rows for those below {rows}: set "
+                "config.data.tokenizer to the model's own"
+            )
+    missing = sum(token >= rows for token in tokenizer.get_vocab().values())
+    if missing:
+        logging.info(
+            "%d of the tokenizer's %d tokens have no row in the model, which has %d; no example may have them",
+            missing,
+            len(tokenizer),
+            rows,
+        )
 
 
 def start_params(config: Config, model: nn.Module, targets: Targets = on_host) -> Params:

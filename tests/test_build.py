@@ -34,7 +34,7 @@ def test_prepared_examples_are_not_read(source: PreparedExamples, monkeypatch: p
     [
         (Shape(2, 2, 8), tiny_run.VOCAB, r"a prompt of 3 tokens .* room for 2 \(config.data.prompt_length\)"),
         (Shape(2, 3, 7), tiny_run.VOCAB, r"a prompt of .* and answers of .* and 7 \(config.data.answer_length\)"),
-        (ROOM, tiny_run.VOCAB - 1, r"tokens from \d+ to 269; the tokenizer has those below 269"),
+        (ROOM, tiny_run.VOCAB - 1, r"tokens from \d+ to 269; the model has rows for those below 269"),
     ],
 )
 def test_the_first_that_does_not_fit_is_named(source, shape: Shape, vocab_size: int, message: str) -> None:
