@@ -119,9 +119,11 @@ def get_config() -> ConfigDict:
                 # Held-out examples for loss, accuracy and margins, 0 leaves them out: the first of a file; of several
                 # files or sources the first in an order that is drawn once.
                 "examples": 256,
-                "prompts": 0,  # held-out prompts to be answered; 0 leaves samples out
+                # Held-out prompts to be answered, 0 leaves samples out. Whatever the data, the judge is of sentiment in
+                # IMDb reviews: it is trained once, into data.dir, and those are fetched for it (data.reviews).
+                "prompts": 0,
                 "temperature": 1.0,
-                "reward": "sentiment",  # a name in dpo_jax/rewards; judges samples
+                "reward": "sentiment",  # the judge of samples, a name in dpo_jax/rewards: positive sentiment, 0 to 1
             },
             "checkpoint": {
                 "every": 100,  # steps

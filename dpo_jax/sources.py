@@ -127,11 +127,15 @@ _TOKENIZER_RECORDS = 50_000  # of each source; merges settle long before
 
 def imdb_tokenizer(data: DataConfig) -> Any:
     """The tokenizer of the IMDb experiment, trained on the ``sft`` part when it is not there yet."""
+    return load_tokenizer(_imdb_tokenizer_folder(data))
+
+
+def _imdb_tokenizer_folder(data: DataConfig) -> Path:
     folder = tokenizer_folder(data)
     if not folder.is_dir():
         texts = (review.text for review in load_reviews("sft", data.dir, data.reviews))
         save_tokenizer(train_tokenizer(texts, data.vocab_size), folder)
-    return load_tokenizer(folder)
+    return folder
 
 
 def imdb_reward(data: DataConfig, name: str) -> Reward:
@@ -139,8 +143,8 @@ def imdb_reward(data: DataConfig, name: str) -> Reward:
     folder = Path(data.dir) / f"reward-{name}"
     if not folder.is_dir():
         reward = train_reward(name, load_reviews("reward", data.dir, data.reviews))
-        window = data.prompt_length + data.answer_length
-        held_out_accuracy(reward, load_reviews("eval", data.dir, data.reviews), imdb_tokenizer(data), window)
+        tokenizer, window = open_tokenizer(_imdb_tokenizer_folder(data)), data.prompt_length + data.answer_length
+        held_out_accuracy(reward, load_reviews("eval", data.dir, data.reviews), tokenizer, window)
         reward.save(folder)
     return load_reward(folder)
 

@@ -193,7 +193,7 @@ def review_windows(
 
     Args:
       reviews: the reviews; read once, encoded in batches.
-      tokenizer: a byte-level tokenizer with BOS and EOS, and with MORE for continuations.
+      tokenizer: a byte-level tokenizer with EOS, and with MORE for continuations; EOS stands for a BOS that it lacks.
       window: most tokens of a window, special tokens included.
       continuations: whether windows from later in a review follow its opening.
 
@@ -203,7 +203,8 @@ def review_windows(
     Raises:
       ValueError: the window is too small, or the tokenizer has no MORE.
     """
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    bos = eos if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     more = tokenizers.more_token_id(tokenizer) if continuations else None
     reviews = iter(reviews)
     while batch := list(itertools.islice(reviews, _BATCH)):
