@@ -14,6 +14,7 @@ from configs import base
 def get_config() -> ConfigDict:
     config = base.get_config()
     config.data.update(source="files", dir="runs/data")
+    config.init.hf = ""  # must be given
     config.data.tokenizer = config.init.get_oneway_ref("hf")  # the model's own
     config.data.update(prompt_length=128, answer_length=128, batch_size=4)
     config.model.update(context_length=256, remat="full", unroll=1)  # sizes are those of init.hf

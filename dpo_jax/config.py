@@ -281,6 +281,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 def _check(c: Config) -> None:
     check_values(dataclasses.asdict(c))
+    _check_init(c)
     objective, _ = c.objective()  # losses know their own names and numbers
     _check_sizes(c)
     _check_data(c)
@@ -288,6 +289,13 @@ def _check(c: Config) -> None:
     _check_parallel(c)
     _check_reference(c, objective)
     _check_lora(c)
+
+
+def _check_init(c: Config) -> None:
+    if c.init.hf == "":
+        raise ValueError(
+            "config.init.hf is empty: give the folder or hub id of a Hugging Face model, such as --config.init.hf=MODEL"
+        )
 
 
 def _check_sizes(c: Config) -> None:

@@ -24,7 +24,7 @@ from dpo_jax.models import rolled
 from dpo_jax.parallel import Parallel, check_divides
 from dpo_jax.rewards import Reward
 from dpo_jax.shared import Shared, program_key
-from dpo_jax.start import check_tokenizer, start_params
+from dpo_jax.start import check_tokenizer, describe_start, start_params
 from dpo_jax.state import TrainState
 from dpo_jax.types import CHOSEN, REJECTED, Params, PreferenceBatch
 
@@ -66,6 +66,7 @@ class OpenedRun:
         rows = model.config.vocab_size
         self.shared.get(("tokenizer", clean, rows), partial(check_tokenizer, self.data.tokenizer, model))
         self.parallel = shared_devices(self.shared, config, model)
+        self.shared.get(("said", *self._start_key), self._say_start)
         check_divides(config.data.batch_size, config.train.micro_batches, self.parallel.parts)
         roles, _ = (
             self.shared.get(
@@ -83,6 +84,9 @@ class OpenedRun:
         self.program = (program_key(config), len(self.data.tokenizer), self.data.answers, self.steps)
         self.identity = workdir.identity(config, self.data, self.pipeline)
         self.start_hash: str | None = None
+
+    def _say_start(self) -> None:
+        logging.info("starts %s", describe_start(self.config, lora.with_adapter(self.parts.model, None)))
 
     def attach_reference(self, stopping: Callable[[], bool]) -> None:
         """Gives the batches the reference's stored log-probabilities, where the config asks for it.

@@ -18,7 +18,7 @@ from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.hashing import hash_tree
 from dpo_jax.models import init_params, make_model, param_shapes, rolled
 from dpo_jax.parallel import run_compiled
-from dpo_jax.trees import structure_diff
+from dpo_jax.trees import parameter_count, structure_diff
 from dpo_jax.types import Params, Targets, on_host
 from dpo_jax.workdir import read_config
 
@@ -85,6 +85,21 @@ def check_tokenizer(tokenizer: Any, model: nn.Module) -> None:
             len(tokenizer),
             rows,
         )
+
+
+def describe_start(config: Config, model: nn.Module) -> str:
+    """What a run starts from, in words: ``from MODEL (config.init.hf), 124.44 M parameters``.
+
+    Args:
+      config: the experiment.
+      model: of ``make_start_model``.
+    """
+    init, size = config.init, f"{parameter_count(param_shapes(model)) / 1e6:.2f} M parameters"
+    if init.run is not None:
+        return f"from the run {init.run} (config.init.run), {size}"
+    if init.hf is not None:
+        return f"from {init.hf} (config.init.hf), {size}"
+    return f"from random parameters (seed {config.seed}), {size}"
 
 
 def start_params(config: Config, model: nn.Module, targets: Targets = on_host) -> Params:

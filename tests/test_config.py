@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from configs import base
+from configs import base, hf_dpo, hf_dpo_lora
 from dpo_jax import config as config_lib
 from dpo_jax.config import differences, from_config_dict, from_dict, to_json
 from dpo_jax.losses import LOSSES
@@ -30,6 +30,17 @@ def test_base_with_a_length_is_a_config() -> None:
     built = from_config_dict(base_config(**{"loss.beta": 0.2}))
     assert built.loss.hyper == {"beta": 0.2}
     assert built.optim.learning_rate == base.get_config().optim.learning_rate
+
+
+@pytest.mark.parametrize("experiment", [hf_dpo, hf_dpo_lora])
+def test_a_model_is_asked_for_where_there_is_no_run_without_one(experiment) -> None:
+    """Sizes of the base config are those of a toy: trained by mistake, it would look like a run."""
+    config = experiment.get_config()
+    with pytest.raises(ValueError, match=r"config\.init\.hf is empty: .*--config\.init\.hf=MODEL"):
+        from_config_dict(config)
+    config.init.hf = "org/model"
+    built = from_config_dict(config)
+    assert built.init.hf == built.data.tokenizer == "org/model"
 
 
 def test_a_config_survives_its_file() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import jax
@@ -18,6 +19,7 @@ from tests.tiny_run import make_examples
 
 ROOT = Path(__file__).parent.parent
 ARGUMENTS = dict.fromkeys(("smoke", "small", "imdb"), ("sft", "preferences", "dpo"))
+ASKS_FOR_A_MODEL = ("hf_dpo", "hf_dpo_lora")
 
 
 def experiments() -> list[tuple[str, str]]:
@@ -25,17 +27,29 @@ def experiments() -> list[tuple[str, str]]:
     return [(name, argument) for name in names for argument in ARGUMENTS.get(name, ("",))]
 
 
-def load(name: str, argument: str):
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder for experiments that ask for a model: its config.json is enough."""
+    folder = tmp_path_factory.mktemp("model")
+    sizes = dict(n_embd=16, n_layer=2, n_head=2, n_positions=256, vocab_size=4096)
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    return str(folder)
+
+
+def load(name: str, argument: str, model: str | None = None):
     spec = importlib.util.spec_from_file_location(name, ROOT / "configs" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return from_config_dict(module.get_config(argument) if argument else module.get_config()), module.__doc__
+    config = module.get_config(argument) if argument else module.get_config()
+    if name in ASKS_FOR_A_MODEL:
+        config.init.hf = model
+    return from_config_dict(config), module.__doc__
 
 
 @pytest.mark.parametrize(("name", "argument"), experiments())
-def test_an_experiment_loads_and_its_step_has_a_shape(name: str, argument: str) -> None:
-    config, doc = load(name, argument)
+def test_an_experiment_loads_and_its_step_has_a_shape(name: str, argument: str, model: str) -> None:
+    config, doc = load(name, argument, model)
     assert doc and "python -m" in doc, "its docstring gives the command"
     answers = 2 if config.objective()[0].needs_pairs else 1
     parts = builders.build(config, vocab_size=4096, answers=answers)

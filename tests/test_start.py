@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from dpo_jax.config import Config
 from dpo_jax.convert.pretrained import save_pretrained
 from dpo_jax.data.tokenizer import train_tokenizer
 from dpo_jax.models import make_model
+from dpo_jax.opened import OpenedRun
+from dpo_jax.shared import Shared
 from tests import tiny_run
 from tests.tiny import tiny_params
 
@@ -41,6 +44,43 @@ def make_config(folder: Path, model: Path, answer: str = "good", **changes) -> C
     tiny_run.write_data(folder)  # the judge
     source = {"data.source": "files", "data.path": str(folder / "pairs.jsonl"), "data.tokenizer": str(model)}
     return tiny_run.make_config(folder, **SHORT, **source, **{"init.hf": str(model)}, **changes)
+
+
+def test_a_run_says_first_what_it_starts_from(tmp_path: Path, caplog) -> None:
+    """From a model, from a run and its policy, and from nothing: each with its size."""
+    data = tmp_path / "data"
+    tiny_run.write_data(data)
+    sizes = dict(vocab_size=tiny_run.VOCAB, context_length=12, width=16, layers=1, heads=2, mlp_width=16)
+    model = make_model("gpt2", sizes)
+    (tmp_path / "hf").mkdir()
+    save_pretrained(tmp_path / "hf", model, tiny_params(model))
+    hf = {"init.hf": str(tmp_path / "hf")}
+    chain = {
+        "random": ({}, r"from random parameters \(seed 0\), 0.01 M"),
+        "first": (hf, rf"from {tmp_path / 'hf'} \(config.init.hf\), 0.01 M parameters"),
+        "second": (
+            hf | {"init.run": str(tmp_path / "first")},
+            rf"from the run {tmp_path / 'first'} \(config.init.run\)",
+        ),
+        "adapters": (hf | {"lora.rank": 1}, rf"from {tmp_path / 'hf'} \(config.init.hf\), 0.01 M parameters"),
+    }
+    for name, (changes, expected) in chain.items():
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="absl"):
+            train.run(tiny_run.make_config(data, **(SHORT | {"eval.prompts": 0}), **changes), tmp_path / name)
+        lines = [record.getMessage() for record in caplog.records]
+        said = [i for i, line in enumerate(lines) if re.search(f"^starts {expected}", line)]
+        trained = [i for i, line in enumerate(lines) if "parameters trained" in line]
+        assert len(said) == len(trained) == 1 and said < trained, lines
+
+
+def test_members_of_a_sweep_say_it_once(tmp_path: Path, caplog) -> None:
+    tiny_run.write_data(tmp_path)
+    shared = Shared()
+    with caplog.at_level(logging.INFO, logger="absl"):
+        for rate in (1e-3, 1e-2):
+            OpenedRun(tiny_run.make_config(tmp_path, **{"optim.learning_rate": rate}), tmp_path / "run", shared)
+    assert caplog.text.count("starts from random parameters") == 1
 
 
 def test_a_token_without_a_row_that_no_text_has_is_left_alone(tmp_path: Path, caplog) -> None:
