@@ -274,16 +274,21 @@ class _Longest:
     """Examples that are as long as a config allows."""
 
     def __init__(self, shape: Shape, count: int) -> None:
-        answer = lambda role: Answer(  # noqa: E731
-            np.full(shape.answer_length, role, np.int32), np.ones(shape.answer_length, np.float32), role
-        )
-        self._answers, self._prompt_length, self._count = (answer(CHOSEN), answer(REJECTED)), shape.prompt_length, count
+        self._answers = tuple(_longest_answer(shape, role) for role in (CHOSEN, REJECTED))
+        self._prompt_length, self._count = shape.prompt_length, count
 
     def __len__(self) -> int:
         return self._count
 
     def __getitem__(self, index: int) -> Example:
         return Example(index, np.full(self._prompt_length, index, np.int32), self._answers)  # no two prompts are equal
+
+
+def _longest_answer(shape: Shape, role: int) -> Answer:
+    """Of as many tokens as a shape has room for; of what a store would give, zeros."""
+    length = shape.answer_length
+    reference = np.zeros(length, np.float32) if shape.with_reference else None
+    return Answer(np.full(length, role, np.int32), np.ones(length, np.float32), role, reference=reference)
 
 
 def longest_batch(config: Config, parts: Parts) -> PreferenceBatch:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import plan
+from dpo_jax.build import build
 from dpo_jax.chips import parse
 from dpo_jax.config import from_config_dict
 from dpo_jax.convert.pretrained import open_pretrained
@@ -223,6 +224,34 @@ def test_what_cannot_be_is_told_before_anything_is_compiled(changes, message: st
     changes = {"parallel.devices": None, "train.micro_batches": 1, **changes}
     with pytest.raises(ValueError, match=message):
         plan.make_plan(tiny_run.make_config(tmp_path, **changes), "v5e:2x2")
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans for four devices of this machine, whose steps are traced for counting alone."""
+    monkeypatch.setattr(plan, "describe_devices", lambda topology: jax.devices()[:4])
+    monkeypatch.setattr(plan, "_compile", lambda step, shapes, chip: (1, None))
+
+
+def _plan(folder: Path, **changes) -> plan.Plan:
+    changes = {"parallel.devices": None, "train.micro_batches": 1, **changes}
+    return plan.make_plan(tiny_run.make_config(folder, **changes), "v5e:2x2")
+
+
+@pytest.mark.parametrize("layout", [{}, {"data.layout": "packed", "data.row_length": 30}])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_a_batch_carries_the_log_probabilities_that_a_config_stores(
+    loss: str, layout, tmp_path: Path, uncompiled
+) -> None:
+    changes = {"loss.name": loss, **layout}
+    stores = {**changes, "reference.store": str(tmp_path / "store")}
+    config = tiny_run.make_config(tmp_path, **stores)
+    batch = plan.longest_batch(config, build(config, vocab_size=tiny_run.VOCAB, answers=2))
+    for rows in filter(None, (batch.answers, batch.mismatched)):
+        np.testing.assert_array_equal(rows.reference_RM, np.zeros_like(rows.weight_RM))
+    assert (batch.mismatched is not None) == (loss == "kto")
+    stored, scored = _plan(tmp_path, **stores), _plan(tmp_path, **changes)
+    assert stored.memory.reference == 0 < scored.memory.reference
 
 
 def test_searches_double_the_batch_and_halve_the_pod_until_it_does_not_fit(tmp_path: Path, monkeypatch) -> None:
