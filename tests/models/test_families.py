@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 
 from dpo_jax import sharding
 from dpo_jax.data.layouts import LAYOUTS, Shape, concatenated, shared_prefix
+from dpo_jax.flops import inner_programs
 from dpo_jax.models import FAMILIES, as_read, init_params, make_model, param_shapes
 from dpo_jax.models.config import REMAT
 from dpo_jax.models.layers import keepable, product
@@ -187,9 +190,22 @@ def test_half_precision_products_are_summed_in_fp32_in_both_directions() -> None
     np.testing.assert_allclose(np.asarray(dx, np.float64), w @ rounded.T, rtol=2**-8, atol=1e-6)
     expected = np.einsum("abd,abf->df", np.asarray(x, np.float64), w)
     np.testing.assert_allclose(np.asarray(dk, np.float64), expected, rtol=1e-5, atol=1e-5)
-    text = str(jax.make_jaxpr(lambda *a: jax.vjp(lambda x, k: product(x, k, jnp.bfloat16), *a)[1](weigh))(x, kernel))
-    dots = [line for line in text.splitlines() if "dot_general" in line]
-    assert len(dots) >= 2 and all("preferred_element_type=float32" in text for _ in dots)
+    traced = jax.make_jaxpr(lambda *a: jax.vjp(lambda x, k: product(x, k, jnp.bfloat16), *a)[1](weigh))(x, kernel)
+    either = [("cuda", "bfloat16"), ("others", "float32")]  # GPUs' libraries sum in fp32 whatever they return
+    assert list(_sums(traced.jaxpr)) == [*either, *either, ("cpu", "float32"), ("others", "float32")], "y, dx, dk"
+
+
+def _sums(jaxpr, platform: str = "all") -> Iterator[tuple[str, str]]:
+    """Yields (for which platform, in which dtype it is summed) of each product of a traced program."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield platform, str(equation.params["preferred_element_type"])
+        elif platforms := equation.params.get("branches_platforms"):
+            for names, branch in zip(platforms, equation.params["branches"], strict=True):
+                yield from _sums(branch.jaxpr, "others" if names is None else ", ".join(names))
+        else:
+            for inner in inner_programs(equation):
+                yield from _sums(inner, platform)
 
 
 @pytest.mark.parametrize(
