@@ -48,6 +48,11 @@ class Parts:
     shape: Shape
     reference_moves: bool
 
+    @property
+    def scores_reference(self) -> bool:
+        """Whether the steps score a reference: one is needed, and its log-probabilities are not stored."""
+        return self.objective.needs_reference and not self.shape.with_reference
+
 
 def build(config: Config, *, vocab_size: int, answers: int, platform: str | None = None) -> Parts:
     """Builds the parts of a run.
@@ -333,8 +338,7 @@ def _state(parts: Parts, params: Params, reference: Params | None, adapters: Par
 def reference_of(parts: Parts, params: Params) -> Params | None:
     """What the steps keep of the parameters: the base of adapters, or a reference that they score. One that does not
     move is only read."""
-    scores = parts.objective.needs_reference and not parts.shape.with_reference
-    if not (is_adapted(parts) or scores):
+    if not (is_adapted(parts) or parts.scores_reference):
         return None
     return params if parts.reference_moves else as_read(parts.model, params)
 

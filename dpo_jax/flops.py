@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -102,7 +103,29 @@ def useful_flops(
     return useful + without * (1 + reference) + only_scored.adapters
 
 
-def step_work(model: nn.Module, params: Params, batch: TokenBatch, *, reference: bool, scored_twice: bool) -> Work:
+@dataclass(frozen=True)
+class Passes:
+    """How often rows go through a model in a step.
+
+    Attributes:
+      trained: forward and back through the policy.
+      policy: forward alone.
+      reference: forward through the reference, which has no adapters.
+    """
+
+    trained: int
+    policy: int
+    reference: int
+
+
+def step_passes(batch: PreferenceBatch, *, reference: bool, scored_twice: bool) -> Iterator[tuple[TokenBatch, Passes]]:
+    """Yields (rows, their passes) of a batch; arguments are those of :func:`step_work`."""
+    yield batch.answers, Passes(1, int(scored_twice), int(reference))
+    if batch.mismatched is not None:
+        yield batch.mismatched, Passes(0, 1, int(reference))
+
+
+def step_work(model: nn.Module, params: Params, batch: PreferenceBatch, *, reference: bool, scored_twice: bool) -> Work:
     """Counts a step.
 
     Args:
@@ -113,9 +136,10 @@ def step_work(model: nn.Module, params: Params, batch: TokenBatch, *, reference:
       scored_twice: whether a coupled loss scores micro-batches once before it pulls them back.
     """
     config, adapted = model.config, lora.adapter_of(model) is not None
-    useful = useful_flops(config, params, PreferenceBatch(batch), reference=reference, full=not adapted)
-    forwards = reference + scored_twice
-    return Work(useful, _body(model, params, batch, forwards) + _head(config, batch, forwards, adapted))
+    useful = useful_flops(config, params, batch, reference=reference, full=not adapted)
+    parts = step_passes(batch, reference=reference, scored_twice=scored_twice)
+    spent = sum(_body(model, params, rows, passes) + _head(config, rows, passes, adapted) for rows, passes in parts)
+    return Work(useful, spent)
 
 
 def dot_flops(jaxpr: Any, trips: int = 0) -> int:
@@ -162,41 +186,47 @@ def _needed(config: DecoderConfig, params: Params, rows: TokenBatch) -> Forward:
     return forward(config, params, tokens=int(real.sum()), pairs=pairs, targets=targets)
 
 
-def _body(model: nn.Module, params: Params, batch: TokenBatch, forwards: int) -> float:
-    """What the layers compute in a step: both passes of what is trained, and ``forwards`` more of frozen parameters."""
+def _body(model: nn.Module, params: Params, batch: TokenBatch, passes: Passes) -> float:
+    """What the layers compute in a step."""
     rows, length = batch.tokens_RL.shape
     row = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), batch)
     base, adapters = lora.split(params)
-
-    def hidden(trained: Params, frozen: Params, row: TokenBatch) -> Any:
-        variables = {"params": lora.join(frozen, trained)}
-        return model.apply(variables, row.tokens_RL, row.position_RL, sight(model, row))
-
-    def both(trained: Params, frozen: Params, row: TokenBatch) -> Any:
-        out, pull_back = jax.vjp(lambda p: hidden(p, frozen, row), trained)
-        return out, pull_back(jnp.ones_like(out))
-
-    split = (adapters, base, row) if adapters else (base, {}, row)
+    trained, frozen = (adapters, base) if adapters else (base, {})
     blocks = block_count(length)
     trips = blocks * (blocks + 1) // 2  # as many pairs of blocks as rows of one sequence visit, each beside others
-    dense = rows * (_needed_flops(trips, both, *split) + forwards * _needed_flops(trips, hidden, *split))
+    dense = rows * (
+        passes.trained * _needed_flops(trips, partial(_both, model), trained, frozen, row)
+        + passes.policy * _needed_flops(trips, partial(_hidden, model), params, row)
+        + passes.reference * _needed_flops(trips, partial(_hidden, lora.with_adapter(model, None)), base, row)
+    )
     if not isinstance(jax.eval_shape(lambda r: sight(model, r), row), Sight):
         return dense
     c = model.config
     kept = REMAT[c.remat]
-    passes = _FORWARD * (1 + forwards + (kept is not None and ATTENDED not in kept)) + _KERNEL_BACKWARD
+    both = _FORWARD * (1 + (kept is not None and ATTENDED not in kept)) + _KERNEL_BACKWARD
+    products = passes.trained * both + _FORWARD * (passes.policy + passes.reference)
     windows = [None if w >= length else w for w in _windows(c)]
     whole = Sight(batch.group_RL, batch.branch_RL, batch.branches)
     seen = {w: visited_pairs(whole, w) for w in set(windows)}
-    return dense + 2.0 * passes * c.heads * c.size * sum(seen[w] for w in windows)
+    return dense + 2.0 * products * c.heads * c.size * sum(seen[w] for w in windows)
 
 
-def _head(config: DecoderConfig, batch: TokenBatch, forwards: int, frozen: bool) -> float:
+def _hidden(model: nn.Module, params: Params, row: TokenBatch) -> Any:
+    return model.apply({"params": params}, row.tokens_RL, row.position_RL, sight(model, row))
+
+
+def _both(model: nn.Module, trained: Params, frozen: Params, row: TokenBatch) -> Any:
+    """Forward and back."""
+    out, pull_back = jax.vjp(lambda p: _hidden(model, lora.join(frozen, p), row), trained)
+    return out, pull_back(jnp.ones_like(out))
+
+
+def _head(config: DecoderConfig, batch: TokenBatch, passes: Passes, frozen: bool) -> float:
     """Logits of every column that some row has a target in; the pass back computes them again."""
     used = np.flatnonzero(np.any((np.asarray(batch.weight_RM) > 0) | (np.asarray(batch.source_RM) > 0), axis=0))
     columns = int(used[-1]) + 1 if used.size else 0
-    passes = (3 if frozen else 4) + forwards
-    return 2.0 * passes * batch.tokens_RL.shape[0] * columns * config.vocab_size * config.width
+    products = passes.trained * (3 if frozen else 4) + passes.policy + passes.reference
+    return 2.0 * products * batch.tokens_RL.shape[0] * columns * config.vocab_size * config.width
 
 
 def _needed_flops(trips: int, fn: Any, *args: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from dpo_jax.chips import CHIPS, Chip, describe_devices, parse
 from dpo_jax.config import Config
 from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.layouts import Shape
-from dpo_jax.flops import Work, step_work
+from dpo_jax.flops import Passes, Work, step_passes, step_work
 from dpo_jax.hlo import Collective, collectives
 from dpo_jax.models import param_shapes
 from dpo_jax.models.config import REMAT
@@ -151,10 +151,11 @@ def make_plan(config: Config, topology: str) -> Plan:
     memory = Memory(held["params"], held["reference"], held["opt_state"], needed, chip.memory)
     params = param_shapes(parts.model)
     coupled = parts.objective.couples_batch and config.train.micro_batches > 1
-    scores = state.state.reference is not None
-    work = step_work(parts.model, params, batch.answers, reference=scores, scored_twice=coupled)
+    counted = {"reference": parts.scores_reference, "scored_twice": coupled}
+    work = step_work(parts.model, params, batch, **counted)
+    moved = _moved(config, held, [passes for _, passes in step_passes(batch, **counted)])
     traffic = None if text is None else collectives(text, len(parallel.devices)) if text else []
-    seconds = _bounds(config, chip, parallel, work, traffic, held, scores)
+    seconds = _bounds(chip, len(parallel.devices), work, moved, traffic)
     layout = f"{_axes(config, parallel)}; {_batch_words(config, batch.answers)}"
     count, attention = parameter_count(params), parts.model.config.attention
     return Plan(topology, len(parallel.devices), layout, count, attention, memory, work, traffic, seconds)
@@ -301,21 +302,28 @@ def _held(tree: Any, parallel: Parallel) -> int:
     return sum(math.prod(parallel.part_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def _bounds(
-    config: Config,
-    chip: Chip,
-    parallel: Parallel,
-    work: Work,
-    traffic: list[Collective] | None,
-    held: Mapping[str, int],
-    scores_reference: bool,
-) -> dict[str, float]:
-    chips = len(parallel.devices)
-    # Each pass over a micro-batch reads the matrices; the update reads and writes the state, and reads the gradient.
-    gathered = held["params"] * (config.parallel.fsdp if config.parallel.mode == "mesh" else 1)
+def _moved(config: Config, held: Mapping[str, int], passes: Sequence[Passes]) -> float:
+    """Bytes that a chip's memory moves in a step, of its parameters and its state.
+
+    Each pass over a micro-batch reads the matrices, those of adapters and of their base; the update reads and writes
+    the state, and reads the gradient.
+
+    Args:
+      config: the experiment.
+      held: bytes that a chip holds between steps, by part of the state.
+      passes: of answers, and of mismatched ones.
+    """
     width = np.dtype(jax.numpy.dtype(config.model.dtype)).itemsize / np.dtype(config.model.param_dtype).itemsize
-    passes = 2 + scores_reference + (config.model.remat != "none")
-    moved = config.train.micro_batches * passes * gathered * width + 3 * held["params"] + 2 * held["opt_state"]
+    trained = held["params"] * width
+    base = held["reference"] if config.lora.rank is not None else 0
+    policy = sum(p.trained * (2 + (config.model.remat != "none")) + p.policy for p in passes)
+    read = policy * (trained + base) + sum(p.reference for p in passes) * (base or trained)
+    gathered = config.parallel.fsdp if config.parallel.mode == "mesh" else 1
+    return config.train.micro_batches * gathered * read + 3 * held["params"] + 2 * held["opt_state"]
+
+
+def _bounds(chip: Chip, chips: int, work: Work, moved: float, traffic: list[Collective] | None) -> dict[str, float]:
+    """Seconds that a step takes at the least, by what bounds it."""
     bounds = {"compute": work.spent / (chips * chip.flops), "memory": moved / chip.hbm}
     return bounds if traffic is None else {**bounds, "links": sum(t.sent for t in traffic) / chip.ici}
 

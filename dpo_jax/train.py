@@ -362,9 +362,8 @@ class Trainer(OpenedRun):
     def _meter(self) -> Meter:
         peak, flops = peak_flops(self.parallel.devices), None
         if peak is not None:
-            reads = self.parts.objective.needs_reference and self.config.reference.store is None
-            model, full = self.parts.model.config, not is_adapted(self.parts)
-            flops = partial(useful_flops, model, param_shapes(self.parts.model), reference=reads, full=full)
+            model, scores, full = self.parts.model, self.parts.scores_reference, not is_adapted(self.parts)
+            flops = partial(useful_flops, model.config, param_shapes(model), reference=scores, full=full)
         return Meter(self.parts.shape.answers, processes=jax.process_count(), flops=flops, peak=peak or 0.0)
 
     def _announce(self, state: TrainState, start: int) -> None:

@@ -26,6 +26,7 @@ from dpo_jax.models import init_params, logical_axes, make_model
 from dpo_jax.parallel import check_divides
 from dpo_jax.sharding import Placement, mesh_shape
 from dpo_jax.trees import parameter_count
+from dpo_jax.types import PreferenceBatch
 from tests import tiny_run
 from tests.tiny import lay_out, make_answer, random_examples
 
@@ -45,10 +46,10 @@ def test_products_of_a_forward_pass_are_those_of_a_sheet_of_paper() -> None:
 LAYER = 2 * 64 + 2 * 32 + 3 * 96  # weights of a layer: queries and output, keys and values, the MLP
 
 
-def _work(batch, *, reference: bool = True, adapter: Adapter | None = None, **sizes) -> Work:
+def _work(batch, *, mismatched=None, reference: bool = True, adapter: Adapter | None = None, **sizes) -> Work:
     model = with_adapter(make_model("llama", {**SIZES, **sizes}), adapter)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
-    return step_work(model, params, batch, reference=reference, scored_twice=False)
+    return step_work(model, params, PreferenceBatch(batch, mismatched), reference=reference, scored_twice=False)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +89,27 @@ def test_a_frozen_matrix_has_no_gradient(full_batch) -> None:
     adapter = Adapter("query", 2, 4.0)
     low = 2 * tokens * 3 * 2 * (8 + 8)
     useful = 3 * (2 * tokens * 3 * LAYER + head) + 4 * 3 * 4 * pairs * 8 + 3 * low
-    assert _work(full_batch, adapter=adapter).useful == useful
+    work, alone = (_work(full_batch, adapter=adapter, reference=reference) for reference in (True, False))
+    assert work.useful == useful
+    square = 3 * 4 * 4 * 8 * 8 * 8
+    assert work.spent - alone.spent == 2 * tokens * 3 * LAYER + square + head, "the reference has no adapters"
+
+
+@pytest.mark.parametrize("adapter", [None, Adapter("query", 2, 4.0)])
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("kernel", [{}, {"attention": "splash", "remat": "dots"}])
+def test_mismatched_answers_are_scored_without_a_gradient(full_batch, kernel, reference: bool, adapter) -> None:
+    alone, beside = (
+        _work(full_batch, mismatched=mismatched, reference=reference, adapter=adapter, **kernel)
+        for mismatched in (None, full_batch)
+    )
+    tokens, pairs, head = 4 * 8, 4 * 8 * 9 // 2, 2 * 4 * 5 * 50 * 8
+    body, low = 2 * tokens * 3 * LAYER, 2 * tokens * 3 * 2 * (8 + 8) if adapter else 0
+    passes = 1 + reference
+    assert beside.useful - alone.useful == passes * (body + 3 * 4 * pairs * 8 + head) + low
+    square = 128 if kernel else 8  # the kernel's one block for 8 tokens
+    spent = passes * (body + 3 * 4 * 4 * square**2 * 8 + head) + low
+    assert beside.spent - alone.spent == spent
 
 
 def test_padding_is_not_useful_and_is_spent() -> None:
@@ -252,6 +273,49 @@ def test_a_batch_carries_the_log_probabilities_that_a_config_stores(
     assert (batch.mismatched is not None) == (loss == "kto")
     stored, scored = _plan(tmp_path, **stores), _plan(tmp_path, **changes)
     assert stored.memory.reference == 0 < scored.memory.reference
+
+
+STORE, ADAPTERS = {"reference.store": "store"}, {"lora.rank": 2}
+
+
+def test_a_plan_counts_the_passes_that_a_step_takes(tmp_path: Path, uncompiled) -> None:
+    """In those of the reference: a policy is two of them more in its pass back."""
+    useful = lambda **changes: _plan(tmp_path, **changes).work.useful  # noqa: E731
+    dpo, adapters = useful(), useful(**ADAPTERS)
+    one = dpo / 4
+    assert useful(**STORE) == useful(**{"loss.name": "simpo"}) == 3 * one
+    assert useful(**{"loss.name": "kto"}) == 6 * one, "mismatched answers are as long as others"
+    assert useful(**{"loss.name": "kto"}, **STORE) == 4 * one
+    assert useful(**ADAPTERS, **STORE) == useful(**ADAPTERS, **{"loss.name": "simpo"}) == adapters - one
+    kto = useful(**ADAPTERS, **{"loss.name": "kto"})
+    assert 2 * one < kto - adapters < 2.1 * one, "once with adapters, once without"
+
+
+@pytest.mark.parametrize(
+    ("changes", "own", "base"),
+    [
+        ({}, 3, 0),
+        (STORE, 2, 0),
+        ({"model.remat": "dots"}, 4, 0),
+        ({"loss.name": "kto"}, 5, 0),
+        (
+            {"loss.name": "aot", "train.micro_batches": 2, "data.batch_size": 8},
+            2 * 4,
+            0,
+        ),  # scored before it is pulled back
+        (ADAPTERS, 2, 3),
+        ({**ADAPTERS, **STORE}, 2, 2),
+        ({**ADAPTERS, "loss.name": "simpo"}, 2, 2),
+        ({**ADAPTERS, "loss.name": "kto"}, 3, 5),
+        ({**ADAPTERS, "parallel.mode": "mesh", "parallel.fsdp": 2}, 2 * 2, 2 * 3),  # the parts of two chips
+    ],
+)
+def test_each_pass_reads_what_it_goes_through(changes, own: int, base: int, tmp_path: Path, uncompiled) -> None:
+    """``own`` times the trained parameters, ``base`` times what adapters stand on, and both ways for the update."""
+    found = _plan(tmp_path, **changes)
+    memory, (chip, _) = found.memory, parse("v5e:2x2")
+    moved = (own + 3) * memory.parameters + base * memory.reference + 2 * memory.optimizer
+    assert found.seconds["memory"] * chip.hbm == pytest.approx(moved)
 
 
 def test_searches_double_the_batch_and_halve_the_pod_until_it_does_not_fit(tmp_path: Path, monkeypatch) -> None:
