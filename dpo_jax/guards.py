@@ -118,11 +118,17 @@ def first_not_finite(tensors: Mapping[str, Any], slots: int) -> Finding | None:
     """
     for name in _ORDER:
         for path, leaf in named_leaves(tensors[name]).items():
-            bad = ~np.isfinite(np.asarray(leaf, np.float64))
+            bad = ~finite(leaf)
             if bad.any():
                 places = np.flatnonzero(bad) // slots if name in (_POLICY, _REFERENCE) else ()
                 return Finding("/".join(filter(None, (name, path))), tuple(sorted({int(row) for row in places})))
     return None
+
+
+def finite(array: Any) -> np.ndarray:
+    """Which numbers of an array are finite; parameters that lie as bits (``models.as_read``) are looked at as bf16."""
+    numbers = np.asarray(array)
+    return np.isfinite(numbers.view(jnp.bfloat16) if numbers.dtype == np.uint16 else numbers)
 
 
 class Watch:

@@ -36,7 +36,7 @@ from dpo_jax.config import Config
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.evaluate import Evaluator
 from dpo_jax.flops import useful_flops
-from dpo_jax.guards import SKIPPED, Guarded, Watch
+from dpo_jax.guards import SKIPPED, Guarded, Watch, finite
 from dpo_jax.hashing import hash_tree, own_parts
 from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Compilations, Meter
@@ -382,7 +382,7 @@ class Trainer(OpenedRun):
 
 def _is_finite(leaf: Any) -> bool:
     """Of the parts that this process answers for."""
-    return all(np.isfinite(np.asarray(part, np.float32)).all() for _, part in own_parts(leaf))
+    return all(finite(part).all() for _, part in own_parts(leaf))
 
 
 _NOBODY = -1  # no process has this index

@@ -15,11 +15,12 @@ from dpo_jax.guards import Finding, Guarded, Watch, first_not_finite, guard
 from dpo_jax.logbook import Logbook
 from dpo_jax.meter import Meter
 from dpo_jax.metrics import Correlation, Ratio, Sum, Total
+from dpo_jax.models import as_read
 from dpo_jax.optim import AdamW
 from dpo_jax.state import Hyper, StepConfig, TrainState
 from dpo_jax.steps import SKIPPED, with_update
 from dpo_jax.writers import Writer
-from tests.tiny import lay_out, random_examples
+from tests.tiny import lay_out, random_examples, tiny_model
 
 NAN = float("nan")
 
@@ -91,6 +92,16 @@ def test_the_first_tensor_of_the_step_is_found() -> None:
         assert found == Finding(name, rows)
     assert str(found) == "log-probabilities of the policy, in row(s) 1, 2 of the batch"
     assert str(Finding("x", tuple(range(20)))).endswith("0, 1, 2, 3, 4, 5, 6, 7 and 12 more of the batch")
+
+
+@pytest.mark.parametrize("value", [NAN, np.inf, -np.inf, 3.4e38])  # bf16 rounds the last to infinity
+def test_a_reference_that_lies_as_bits_is_looked_at(value: float) -> None:
+    model = tiny_model(dtype=jnp.bfloat16)
+    read = lambda *values: as_read(model, {"kernel": np.array(values, np.float32)})  # noqa: E731
+    healthy, broken = read(-1.0, 3e38, 1e-40), read(1.0, value)
+    assert healthy["kernel"].dtype == np.uint16
+    assert first_not_finite(tensors(reference=healthy), 1) is None
+    assert first_not_finite(tensors(reference=broken), 1) == Finding("reference/kernel")
 
 
 # --- warnings --------------------------------------------------------------------------------------------------------

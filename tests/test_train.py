@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import logging
@@ -360,9 +362,19 @@ def test_steps_left_out_are_remembered_over_a_restart(pairs, shared, tmp_path: P
         train.run(config, tmp_path, shared)
 
 
-def test_parameters_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
-    state = TrainState(np.int32(4), {"w": np.array([1, np.inf], np.float32)}, None, (), {})
-    with Checkpoints(tmp_path) as checkpoints, pytest.raises(FloatingPointError, match="params/w is not finite after"):
+WRONG = np.array([1, np.inf], np.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("params/w", {"params": {"w": WRONG}}),
+        ("reference/w", {"reference": {"w": WRONG.astype(jnp.bfloat16).view(np.uint16)}}),  # bits, as it is read
+    ],
+)
+def test_what_is_not_finite_is_not_saved(name: str, changes, tmp_path: Path) -> None:
+    state = dataclasses.replace(TrainState(np.int32(4), {}, None, (), {}), **changes)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(FloatingPointError, match=f"{name} is not finite after"):
         train.Trainer._check_finite(state, checkpoints)
 
 
