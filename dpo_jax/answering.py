@@ -54,7 +54,8 @@ class Answerer:
             )
         self._parts, lanes = parallel.row_parts, parallel.axis.parts
         self.rows = -(-rows // self._parts) * self._parts
-        self._prompt_length, seats = prompt_length, self.rows * lanes // self._parts
+        self._prompt_length, self._vocab_size = prompt_length, model.config.vocab_size
+        seats = self.rows * lanes // self._parts
         sampler = make_sampler(model, max_new_tokens=max_new_tokens, seats=seats, lanes=lanes, **settings)
         self._sample = parallel.row_function(sampler, "sample")
 
@@ -82,7 +83,7 @@ class Answerer:
           Samples of the next prompts, in order, on the host.
 
         Raises:
-          ValueError: a prompt is empty or too long.
+          ValueError: a prompt is empty or too long, or has a token that the model does not know.
         """
         size = min(_ROUNDS, -(-len(prompts) // self.rows)) * self.rows
         for start in range(0, len(prompts), size):
@@ -99,6 +100,11 @@ class Answerer:
                 raise ValueError(
                     f"a prompt has {len(prompt)} tokens; expected at least one, and at most data.prompt_length, "
                     f"{self._prompt_length}; raise it where prompts are longer"
+                )
+            if not 0 <= np.min(prompt) <= np.max(prompt) < self._vocab_size:
+                raise ValueError(
+                    f"a prompt has tokens from {np.min(prompt)} to {np.max(prompt)}; the model has rows for those "
+                    f"below {self._vocab_size}: leave what spells the others out of the prompt"
                 )
             tokens_RP[r, : len(prompt)], length_R[r] = prompt, len(prompt)
         draws_R2, count = np.pad(draws_R2, ((0, size - len(prompts)), (0, 0))), len(prompts)

@@ -27,7 +27,7 @@ from dpo_jax.parallel import DataParallel
 from dpo_jax.progress import Progress
 from dpo_jax.sampling import row_draws
 from dpo_jax.sources import encoding_of, tokenizer_folder
-from dpo_jax.start import load_policy, make_start_model, start_params
+from dpo_jax.start import check_tokenizer, load_policy, make_start_model, start_params
 from dpo_jax.types import Params
 from dpo_jax.workdir import read_config
 from dpo_jax.writers import split_lines
@@ -108,6 +108,7 @@ def sample_run(workdir: Path, prompts: Sequence[str], request: Request) -> Resul
     encoder = Encoder(tokenizer, encoding_of(config.data))
     tokens = [encoder.prompt_tokens(prompt) for prompt in prompts]
     model = make_start_model(config, len(tokenizer))
+    check_tokenizer(tokenizer, model)
     parallel = DataParallel(jax.local_devices()[:1])
     answer = Answerer(
         rolled(model),

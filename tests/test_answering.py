@@ -60,6 +60,14 @@ def test_prompts_that_are_empty_or_too_long_are_refused(length: int) -> None:
         answer({}, [np.zeros(length, np.int32)], row_draws(0, np.arange(1)), 1.0)
 
 
+@pytest.mark.parametrize("token", [-1, VOCAB])
+def test_prompts_of_tokens_that_the_model_does_not_know_are_refused(token: int) -> None:
+    parallel = DataParallel(jax.devices()[:1])
+    answer = Answerer(tiny_model(), parallel, prompt_length=LONGEST, rows=2, max_new_tokens=ROOM, eos=2)
+    with pytest.raises(ValueError, match=f"the model has rows for those below {VOCAB}"):
+        answer({}, [np.array([3, token, 4], np.int32)], row_draws(0, np.arange(1)), 1.0)
+
+
 def test_no_prompt_at_all_is_refused() -> None:
     parallel = DataParallel(jax.devices()[:1])
     answer = Answerer(tiny_model(), parallel, prompt_length=LONGEST, rows=2, max_new_tokens=ROOM, eos=2)
