@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from dpo_jax import buckets
 from dpo_jax.data.checks import CHECKS, Case, Finding
@@ -217,12 +217,21 @@ def run(
     return findings
 
 
-def main(_: Sequence[str]) -> None:
+def main() -> None:
+    """Audits what the flags name."""
     encoding = Encoding(_PROMPT.value, _ANSWER.value, _TEMPLATE.value, _TURNS.value, _TRUNCATE.value, _PAIRS.value)
     assert _DATA.value is not None and _WORKDIR.value is not None  # absl has asked for them
     run(_DATA.value, _WORKDIR.value, encoding, _HELD_OUT.value, _TOKENIZER.value)
 
 
 if __name__ == "__main__":
+    from absl import app
+
+    from dpo_jax.main import command, parse_flags
+
+    def _main(_: list[str]) -> None:
+        with command():
+            main()
+
     flags.mark_flags_as_required(["data", "workdir"])
-    app.run(main)
+    app.run(_main, flags_parser=parse_flags)

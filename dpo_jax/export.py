@@ -138,7 +138,7 @@ def _summary(workdir: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     from absl import app, flags
 
-    from dpo_jax.main import command
+    from dpo_jax.main import command, parse_flags
 
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_string("out", None, "the Hugging Face folder to write", required=True)
@@ -158,4 +158,4 @@ if __name__ == "__main__":
                 return
             export(workdir, out, dtype=f.dtype, shard_bytes=int(f.shard_gb * 1e9))
 
-    app.run(_main)
+    app.run(_main, flags_parser=parse_flags)

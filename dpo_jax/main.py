@@ -6,11 +6,12 @@ import ast
 import contextlib
 import logging as std_logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import tensorflow_datasets as tfds
@@ -23,8 +24,10 @@ from dpo_jax.config import from_config_dict
 _KEYS = """Any key of the config can be changed: --config.loss.name=ipo --config.optim.learning_rate=1e-4.
 configs/base.py lists all keys with their defaults and units; `python -m dpo_jax.losses` lists the losses.
 The same command continues a run that was interrupted. Exit codes: 0 finished, 1 an error that needs you, 2 a wrong
-command line, 75 stopped by SIGTERM or Ctrl-C with all saved (twice: at once)."""
-
+command line, 75 stopped by SIGTERM or Ctrl-C with all saved, 130 by Ctrl-C at once (twice, or with nothing to save)."""
+_KEYS_HINT = "configs/base.py has every key, --help all else"
+_INTERRUPTED = 130  # what shells call a program that Ctrl-C has ended
+_NOT_GIVEN = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.")
 
 # Programs on NVIDIA's GPUs then give the same bits every time, in every process: no sums in the order in which threads
 # come, and no kernels chosen by how long they happen to take. Products are those of NVIDIA's library, the fastest there
@@ -95,25 +98,30 @@ def launch(purpose: str, example: str, start: Callable[[], None], names: Sequenc
         # --help shows the flags of the program that was started, and this module is none.
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
-    def begin(argv: list[str]) -> None:
-        if len(argv) > 1:
-            raise app.UsageError(f"unexpected arguments: {' '.join(argv[1:])}")
+    def begin(_: Sequence[str]) -> None:
         with command():
             start()
 
     sys.modules["__main__"].__doc__ = f"{purpose}\n\n  {example}\n\n{_KEYS}"
-    app.run(begin, flags_parser=_parse)
+    app.run(begin, flags_parser=parse_flags)
 
 
-def _parse(argv: list[str]) -> list[str]:
-    """Parses flags; a wrong key or value is the user's mistake, and is told in one line."""
+def parse_flags(argv: list[str]) -> list[str]:
+    """Parses the flags of a program that is run as ``app.run(main, flags_parser=parse_flags)``.
+
+    A wrong flag, key or value, or a word too many, is the user's mistake: it is told in one line, with exit code 2.
+    """
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+    except SystemExit as end:
+        sys.exit(0 if end.code == 1 else end.code)  # absl's --help ends with 1
     except flags.Error as error:
-        _refuse(str(error))
+        _refuse(_NOT_GIVEN.sub(r"--\1 is needed", str(error)).replace("\n", "; "))
     except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:  # of the config file and its overrides
-        _refuse(f"--config: {_unquoted(str(error))}")
-    return []
+        _refuse(f"--config: {_unquoted(str(error))}", _KEYS_HINT)
+    if len(rest) > 1:
+        _refuse(f"unexpected arguments: {' '.join(rest[1:])}")
+    return rest
 
 
 def _unquoted(text: str) -> str:
@@ -124,8 +132,8 @@ def _unquoted(text: str) -> str:
     return text
 
 
-def _refuse(message: str) -> None:
-    print(f"error: {message}\nPass --help for the flags; configs/base.py has every key.", file=sys.stderr)
+def _refuse(message: str, hint: str = "--help tells more") -> NoReturn:
+    print(f"error: {message} ({hint})", file=sys.stderr)
     sys.exit(2)
 
 
@@ -133,8 +141,9 @@ def _refuse(message: str) -> None:
 def command() -> Iterator[None]:
     """What every program does around its work.
 
-    It logs in plain words, keeps what is compiled for the next start, and ends on a user's mistake with its one message
-    and exit code 1, without a stack trace. A process of several that fails waits for no other.
+    It logs in plain words, keeps what is compiled for the next start, and ends without a stack trace: on a user's
+    mistake with its one message and exit code 1, or 2 where it is one of the command line, and on Ctrl-C with 130. A
+    process of several that fails waits for no other.
     """
     logging.use_absl_handler()
     handler = logging.get_absl_handler()
@@ -147,10 +156,16 @@ def command() -> Iterator[None]:
         os.environ["XLA_FLAGS"] = with_gpu_flags(os.environ.get("XLA_FLAGS", ""))
     try:
         yield
+    except app.UsageError as error:
+        _refuse(str(error))
+    except KeyboardInterrupt:
+        processes.leave("interrupted")
+        print("\ninterrupted", file=sys.stderr)
+        sys.exit(_INTERRUPTED)
     except (ValueError, OSError, FloatingPointError) as error:
         processes.leave(f"error: {error}")
         sys.exit(f"error: {error}")
-    except (Exception, KeyboardInterrupt):
+    except Exception:
         processes.leave(traceback.format_exc().rstrip())
         raise
 

@@ -354,7 +354,7 @@ def run(
 if __name__ == "__main__":
     from absl import app, flags
 
-    from dpo_jax.main import command
+    from dpo_jax.main import command, parse_flags
 
     flags.DEFINE_string("workdir", None, "folder of the sweep", required=True)
     flags.DEFINE_string("out", None, "folder of the report; <workdir>/report by default")
@@ -371,4 +371,4 @@ if __name__ == "__main__":
             levels = [float(level) for level in f.kl]
             print(run(workdir, out, compared=f.compare, tuned=f.tune, seeds=f.seeds, levels=levels))
 
-    app.run(_main)
+    app.run(_main, flags_parser=parse_flags)

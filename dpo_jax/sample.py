@@ -244,7 +244,7 @@ def main(workdir: str, prompts: Sequence[str], out: str, request: Request) -> No
 if __name__ == "__main__":
     from absl import app, flags
 
-    from dpo_jax.main import command
+    from dpo_jax.main import command, parse_flags
 
     flags.DEFINE_string("workdir", None, "folder of the run", required=True)
     flags.DEFINE_multi_string("prompt", [], "a prompt; may be given several times")
@@ -265,4 +265,4 @@ if __name__ == "__main__":
             request = Request(f.completions, f.temperature, f.top_k, f.top_p, f.max_new_tokens, f.seed, f.rows)
             main(f.workdir, prompts, f.out or f"{f.workdir}/samples/compared.jsonl", request)
 
-    app.run(_main)
+    app.run(_main, flags_parser=parse_flags)

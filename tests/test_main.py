@@ -54,10 +54,37 @@ def test_mistakes_are_told_in_one_message(arguments: list[str], code: int, words
     assert not list((tmp_path / "run").glob("checkpoints/*"))
 
 
-def test_missing_flags_are_asked_for() -> None:
-    done = tiny_run.call()
-    assert done.returncode == 1
-    assert "--config and --workdir are needed, such as python -m dpo_jax.train" in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    ("program", "arguments", "words"),
+    [
+        ("train", [], "--config and --workdir are needed, such as python -m dpo_jax.train"),
+        ("train", [CONFIG], "--config and --workdir are needed"),
+        ("train", [CONFIG, "--workdir=runs/x", "once", "more"], "unexpected arguments: once more"),
+        ("sweep", ["--workdir=runs/x"], "--config and --workdir are needed"),
+        ("audit", ["--workdir=runs/x"], "--data is needed"),
+        ("report", [], "--workdir is needed"),
+        ("export", [], "--workdir is needed; --out is needed"),
+        ("sample", ["--workdir=runs/x", "--rows=many"], "flag --rows=many"),
+    ],
+)
+def test_a_wrong_command_line_is_told_in_one_line(program: str, arguments: list[str], words: str) -> None:
+    done = tiny_run.call(*arguments, program=f"dpo_jax.{program}")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: {words}") and "--help" in line
+    assert done.returncode == 2 and done.stdout == ""
+
+
+def test_ctrl_c_ends_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_, command():
+        raise KeyboardInterrupt
+    assert exit_.value.code == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
+
+
+def test_an_audit_ends_with_one_line_too(tmp_path: Path) -> None:
+    done = tiny_run.call(f"--data={tmp_path / 'no.jsonl'}", f"--workdir={tmp_path}", program="dpo_jax.audit")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: no data files at") and done.returncode == 1
 
 
 @pytest.mark.parametrize("program", ["dpo_jax.train", "dpo_jax.prefer"])
@@ -70,6 +97,7 @@ def test_help_says_what_it_does_and_how(program: str) -> None:
         "--workdir",
     ):
         assert words in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 0
     assert ("--replay" in done.stdout) == (program == "dpo_jax.train")
 
 
