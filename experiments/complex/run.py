@@ -24,6 +24,7 @@ import optax
 from dpo_jax.comparison import at_kl, interval
 from dpo_jax.losses.dpo import dpo
 from dpo_jax.losses.ipo import ipo
+from dpo_jax.main import command
 from dpo_jax.parallel import run_compiled
 from experiments.theory.answers import make_answers
 
@@ -238,8 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer problems, steps and β")
     arguments = parser.parse_args(argv)
     begin = time.monotonic()
-    for row in run(QUICK if arguments.quick else Settings(), arguments.out):
-        print(*row.values(), sep="\t")
+    with command():
+        for row in run(QUICK if arguments.quick else Settings(), arguments.out):
+            print(*row.values(), sep="\t")
     print(f"done in {time.monotonic() - begin:.0f} s; results.csv and complex.png are in {arguments.out}")
 
 

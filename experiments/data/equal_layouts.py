@@ -27,6 +27,7 @@ from dpo_jax.data.tokenizer import train_tokenizer
 from dpo_jax.logprobs import score
 from dpo_jax.losses import LOSSES
 from dpo_jax.losses.objective import Scored, make_objective
+from dpo_jax.main import command, parse_flags
 from dpo_jax.models import init_params, make_model
 from dpo_jax.parallel import DataParallel
 from dpo_jax.types import UNUSED, SequenceLogps
@@ -91,6 +92,7 @@ def results(layout: str, model: Any, examples: Sequence[Example], policy: Any, r
     return found
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     examples = read_pairs()
     sizes = dict(context_length=512, width=64, layers=2, heads=4, mlp_width=128, dtype=jnp.float32)
@@ -113,4 +115,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

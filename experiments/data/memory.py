@@ -21,6 +21,7 @@ from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.preparation import Part, Request, prepare
 from dpo_jax.data.prepared import PreparedExamples
 from dpo_jax.data.tokenizer import train_tokenizer
+from dpo_jax.main import command, parse_flags
 
 _PAIRS = flags.DEFINE_list("pairs", ["10000", "100000"], "Sizes, pairs; each is prepared by a process of its own.")
 _ONE = flags.DEFINE_integer("one", None, "Prepare this size here, and print its numbers as JSON.")
@@ -70,6 +71,7 @@ def _peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     if _ONE.value is not None:
         print(json.dumps(measure(_ONE.value)))
@@ -85,4 +87,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

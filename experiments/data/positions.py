@@ -21,6 +21,7 @@ from dpo_jax.data.layouts import Shape
 from dpo_jax.data.pipeline import Pipeline
 from dpo_jax.data.preparation import Reader
 from dpo_jax.data.tokenizer import train_tokenizer
+from dpo_jax.main import command, parse_flags
 
 _DATA = flags.DEFINE_string("data", None, "Preference pairs: a file, a folder or a glob.", required=True)
 _OUT = flags.DEFINE_string("out", None, "Where the numbers go as JSON; None only prints them.")
@@ -64,6 +65,7 @@ def padded_to_longest(examples: Sequence[Example]) -> dict[str, float]:
     return {"positions": float(positions / len(examples)), "useful": float(sides.sum() / positions)}
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     examples, rows = read_pairs()
     table = {"padded to the longest of the batch": padded_to_longest(examples)}
@@ -80,4 +82,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

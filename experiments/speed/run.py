@@ -28,7 +28,7 @@ from absl import app, flags, logging
 
 from dpo_jax.convert.pretrained import open_pretrained, save_pretrained
 from dpo_jax.data.tokenizer import open_tokenizer
-from dpo_jax.main import with_gpu_flags
+from dpo_jax.main import command, parse_flags, with_gpu_flags
 from dpo_jax.models import init_params, make_model
 from experiments.speed import work
 from experiments.speed.table import markdown
@@ -279,6 +279,7 @@ def trl_environment(folder: Path) -> str:
     return str(python)
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     """Measures, and writes numbers and table."""
     options = flags.FLAGS
@@ -352,4 +353,4 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("only", [], "name of a variant to measure; all, where it is not given")
     flags.DEFINE_string("programs", None, "folder that keeps our compiled programs for another run; None keeps none")
     flags.DEFINE_bool("no_trl", False, "measure our own variants only")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

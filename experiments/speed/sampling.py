@@ -25,6 +25,7 @@ from absl import app, flags, logging
 from dpo_jax.allocator import keep_freed_pages
 from dpo_jax.convert.pretrained import open_pretrained
 from dpo_jax.data.tokenizer import open_tokenizer
+from dpo_jax.main import command, parse_flags
 from dpo_jax.sampling import make_sampler, row_draws
 from experiments.speed import work
 from experiments.speed.run import DEVICES, Process, trl_environment
@@ -130,6 +131,7 @@ def report(settings: Settings, prompts: Sequence[Sequence[int]], result: Mapping
     )
 
 
+@command()
 def main(_: Sequence[str]) -> None:
     """Measures and prints."""
     options = flags.FLAGS
@@ -161,4 +163,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("warm", 1, "times that all prompts are answered before it counts")
     flags.DEFINE_integer("batches", 3, "times that all prompts are answered and that count")
     flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "of weights and products of both")
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -5,13 +5,24 @@ python -m experiments.speed.table runs/speed/speed.json
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
+from dpo_jax.main import command
+
 # Of losses, nats. TRL logs four digits; its own bf16 losses are up to 5e-2 from its fp32 ones.
 TOLERANCE = {"fp32": 2e-4, "bf16": 5e-2}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("measured", type=Path, help="what run.py has written")
+    arguments = parser.parse_args(argv)
+    with command():
+        print(markdown(json.loads(arguments.measured.read_text(encoding="utf-8"))))
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -82,4 +93,4 @@ def agreement(variant: dict[str, Any], peer: dict[str, Any] | None) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown(json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))
+    main()

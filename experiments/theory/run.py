@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from dpo_jax.main import command
 from experiments.theory import bandits, flips, plot, tabular
 
 
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for tables, numbers and the figure")
     parser.add_argument("--quick", action="store_true", help="fewer bandits, steps and seeds")
     arguments = parser.parse_args(argv)
-    run(QUICK if arguments.quick else Settings(), arguments.out)
+    with command():
+        run(QUICK if arguments.quick else Settings(), arguments.out)
 
 
 def run(settings: Settings, out: Path) -> dict[str, Any]:
