@@ -20,7 +20,7 @@ help:
 	@echo 'make lock     resolves requirements*.txt anew and writes requirements.lock'
 	@echo 'make clean    removes .venv and caches; runs/ stays'
 	@echo
-	@echo 'ARGS="…" is passed on: make demo ARGS="--config.seed=1". PYTHON=python3.12 chooses the interpreter of a new .venv.'
+	@echo 'ARGS="…" is passed on: make demo ARGS="--seed=1". PYTHON=python3.12 chooses the interpreter of a new .venv.'
 
 # With the GNU C library: huge pages, so that a step's large buffers cost few page faults.
 demo: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
