@@ -1,9 +1,10 @@
 """Every key of a training run, with its default and unit. Experiment files change what they ask about.
 
-A placeholder is a key that may stay unset (None); what that means stands beside it.
+A placeholder is a key that may stay unset (None); what that means stands beside it. On a command line,
+--config.train.epochs=None unsets what an experiment file has set.
 """
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -104,7 +105,7 @@ def get_config() -> ConfigDict:
                 "b2": 0.95,
                 "epsilon": 1e-8,
                 "weight_decay": 0.0,
-                "clip_norm": 1.0,  # None leaves the gradient alone
+                "clip_norm": FieldReference(1.0),  # None leaves the gradient alone
             },
             "train": {
                 "steps": placeholder(int),  # updates; None: train.epochs decides
@@ -127,7 +128,7 @@ def get_config() -> ConfigDict:
             },
             "checkpoint": {
                 "every": 100,  # steps
-                "keep": 2,  # newest checkpoints; None keeps all
+                "keep": FieldReference(2),  # newest checkpoints; None keeps all
                 "keep_every": placeholder(int),  # steps: those of its multiples stay too; None is no such rule
                 "keep_best": placeholder(str),  # a metric, such as eval/loss: that with its best value stays too
                 "best": "min",  # which value of keep_best is the best: min or max

@@ -327,7 +327,7 @@ def _check_train(c: Config) -> None:
     if (c.train.steps is None) == (c.train.epochs is None):
         raise ValueError(
             "set exactly one of config.train.steps and config.train.epochs; they are "
-            f"{c.train.steps} and {c.train.epochs}"
+            f"{c.train.steps} and {c.train.epochs} (--config.train.epochs=None unsets one)"
         )
 
 

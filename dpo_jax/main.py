@@ -16,15 +16,16 @@ from typing import Any, NoReturn
 import jax
 import tensorflow_datasets as tfds
 from absl import app, flags, logging
-from ml_collections import config_flags
 
-from dpo_jax import buckets, processes
+from dpo_jax import buckets, config_flag, processes
 from dpo_jax.config import from_config_dict
 
-_KEYS = """Any key of the config can be changed: --config.loss.name=ipo --config.optim.learning_rate=1e-4.
-configs/base.py lists all keys with their defaults and units; `python -m dpo_jax.losses` lists the losses.
-The same command continues a run that was interrupted. Exit codes: 0 finished, 1 an error that needs you, 2 a wrong
-command line, 75 stopped by SIGTERM or Ctrl-C with all saved, 130 by Ctrl-C at once (twice, or with nothing to save)."""
+_KEYS = """Any key of the config can be changed: --config.loss.name=ipo --config.optim.learning_rate=1e-4; None unsets
+one: --config.train.steps=100 --config.train.epochs=None. configs/base.py lists all keys with their defaults and units;
+`python -m dpo_jax.losses` lists the losses. The same command continues a run that was interrupted.
+
+Exit codes: 0 finished, 1 an error that needs you, 2 a wrong command line, 75 stopped by SIGTERM or Ctrl-C with all
+saved, 130 by Ctrl-C at once (twice, or with nothing to save)."""
 _KEYS_HINT = "configs/base.py has every key, --help all else"
 _INTERRUPTED = 130  # what shells call a program that Ctrl-C has ended
 _NOT_GIVEN = re.compile(r"flag --(\w+)=None: Flag --\1 must have a value other than None\.")
@@ -57,7 +58,7 @@ def main(
     tools = tools or {}
     own = {name: flags.DEFINE_string(name, None, text) for name, text in (options or {}).items()}
     turned = {name: flags.DEFINE_bool(name, False, text) for name, text in (switches or {}).items()}
-    config = config_flags.DEFINE_config_file("config", None, "file of the experiment, such as configs/imdb_dpo.py")
+    config = config_flag.define("file of the experiment, such as configs/imdb_dpo.py")
     workdir = flags.DEFINE_string("workdir", None, "folder of this run, local or gs://: made when new, else continued")
     coordinator = flags.DEFINE_string("coordinator", None, "host:port of process 0, for several processes; not on TPUs")
     count = flags.DEFINE_integer("num_processes", None, "how many processes the run has", lower_bound=1)

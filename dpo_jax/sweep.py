@@ -158,9 +158,10 @@ if __name__ == "__main__":
     from absl import app, flags
     from ml_collections import config_flags
 
+    from dpo_jax import config_flag
     from dpo_jax.main import launch
 
-    config = config_flags.DEFINE_config_file("config", None, "sweep file, such as experiments/noise/sweep.py")
+    config = config_flag.define("sweep file, such as experiments/noise/sweep.py")
     workdir_flag = flags.DEFINE_string("workdir", None, "folder of the sweep: made when new, continued when not")
     index_flag = flags.DEFINE_integer("index", 0, "number of this process, when several share the runs")
     count_flag = flags.DEFINE_integer("count", 1, "processes that share the runs", lower_bound=1)

@@ -66,6 +66,7 @@ LAYERS = {
     "dpo_jax.refstore": 2,
     "dpo_jax.limits": 2,
     "dpo_jax.config": 3,
+    "dpo_jax.config_flag": 3,
     "dpo_jax.sources": 3,
     "dpo_jax.evaluate": 3,
     "dpo_jax.opened": 3,
