@@ -14,7 +14,7 @@ from configs import base
 def get_config(together: str = "prompts") -> ConfigDict:
     """``together``: what lies side by side: prompts (all pairs of one) or pairs (both answers of one)."""
     if together not in ("prompts", "pairs"):
-        raise ValueError(f"configs/imdb_dpo.py:{together} is unknown; known: prompts, pairs")
+        raise ValueError(f"unknown order {together!r}; known: prompts, pairs")
     config = base.get_config()
     config.data.path = "runs/imdb/preferences/examples"
     config.init.run = "runs/imdb/sft"

