@@ -1,6 +1,8 @@
 """The loss family: one file a family, one line a loss.
 
-To add a loss, write a pure function ``losses/<name>.py``, add its line here, and test it in ``tests/losses/``.
+To add a loss, write a pure function ``losses/<name>.py``, add its line here, and test it in ``tests/losses/``. A
+keyword argument of a new name needs its range in ``RANGES`` (``losses/hyper.py``) and a placeholder in ``loss`` of
+``configs/base.py`` too.
 ``python -m dpo_jax.losses`` prints all of them with formula, defaults, paper and needs.
 """
 

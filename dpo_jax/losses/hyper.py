@@ -72,7 +72,16 @@ def parameters_of(loss: Loss) -> dict[str, float]:
 
 
 def range_of(loss: str, parameter: str) -> Interval:
-    """The values that a loss allows for a parameter of its own."""
+    """The values that a loss allows for a parameter of its own.
+
+    Raises:
+      ValueError: a parameter that has no range yet, as that of a new loss.
+    """
+    if parameter not in RANGES:
+        raise ValueError(
+            f"loss {loss!r} takes {parameter}, whose range nobody has given: add a line {parameter!r} to RANGES in "
+            f"dpo_jax/losses/hyper.py, and a placeholder {parameter!r} to loss in configs/base.py"
+        )
     return STRICTER.get((loss, parameter), RANGES[parameter])
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dpo_jax.losses import LOSSES
-from dpo_jax.losses.hyper import RANGES, parameters_of
+from dpo_jax.losses.hyper import RANGES, parameters_of, range_of
 from dpo_jax.losses.objective import check_data, make_objective
 from dpo_jax.metrics import compute, merge
 from dpo_jax.types import CHOSEN, REJECTED, UNUSED
@@ -123,6 +123,11 @@ def test_every_hyper_parameter_has_a_range():
     for name, loss in LOSSES.items():
         for parameter, default in parameters_of(loss).items():
             assert default in RANGES[parameter], (name, parameter)
+
+
+def test_a_hyper_parameter_without_a_range_is_told_where_it_goes():
+    with pytest.raises(ValueError, match=r"loss 'new' takes sharpness, .* RANGES .*hyper.py, .* configs/base.py"):
+        range_of("new", "sharpness")
 
 
 @pytest.mark.parametrize("name", LOSSES)
