@@ -69,6 +69,11 @@ class Mixture:
         # Each source numbers its examples from 0.
         return replace(example, uid=int(self._first_uids[source]) + row)
 
+    def copies(self) -> np.ndarray:
+        """int [n], which of the different examples, numbered from 0, stands in each place."""
+        uids = self._first_uids[self._source] + self._row
+        return np.unique(uids, return_inverse=True)[1]
+
     def lengths(self) -> np.ndarray:
         """int32 [n, 1 + answers], tokens of the prompt and of each answer."""
         return self._rows_of([source.lengths() for source in self._sources])

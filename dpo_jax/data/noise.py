@@ -18,8 +18,9 @@ _OTHER = {CHOSEN: REJECTED, REJECTED: CHOSEN}
 class Flipped:
     """A source some of whose labels are wrong: the chosen answer is called rejected, the rejected one chosen.
 
-    round(share · n) of the n examples are flipped, drawn by the seed; those of a smaller share are among those of a
-    larger one. Scores go with the labels, as of an annotator who took one answer for the other::
+    round(share · n) of the n different examples are flipped, drawn by the seed, wherever a mixture has them; those of a
+    smaller share are among those of a larger one. Scores go with the labels, as of an annotator who took one answer for
+    the other::
 
         clean     good (chosen, score 5)   bad (rejected, score 2)
         flipped   bad (chosen, score 5)    good (rejected, score 2)
@@ -31,17 +32,20 @@ class Flipped:
       fingerprint: identity of the clean examples.
 
     Attributes:
-      count: examples that are flipped.
+      count: examples that are flipped, each as often as the source has it.
       fingerprint: identity of the examples with their labels, hexadecimal.
     """
 
     def __init__(self, source: Any, share: float, seed: int, fingerprint: str) -> None:
         self._source = source
-        self.count = round(share * len(source))
+        copy_of = source.copies() if hasattr(source, "copies") else np.arange(len(source))
+        different = int(copy_of.max(initial=-1)) + 1
         # A stream of its own: the order of batches is drawn from the same seed.
-        order = np.random.default_rng([seed, 0xF11B]).permutation(len(source))
-        self._flipped = np.zeros(len(source), bool)
-        self._flipped[order[: self.count]] = True
+        order = np.random.default_rng([seed, 0xF11B]).permutation(different)
+        flipped = np.zeros(different, bool)
+        flipped[order[: round(share * different)]] = True
+        self._flipped = flipped[copy_of]
+        self.count = int(self._flipped.sum())
         digest = hashlib.sha256(f"{fingerprint} flipped ".encode() + np.packbits(self._flipped).tobytes())
         self.fingerprint = digest.hexdigest()
         tokenizer = getattr(source, "tokenizer_fingerprint", None)

@@ -128,9 +128,9 @@ class Families:
     positions: np.ndarray
 
     @property
-    def largest(self) -> int:
-        """Examples of the largest family."""
-        return max(map(len, self.members), default=1)
+    def counts(self) -> list[int]:
+        """Examples of each family."""
+        return list(map(len, self.members))
 
 
 def single(lengths: np.ndarray) -> Families:
@@ -199,15 +199,17 @@ def plan_rows(
     *,
     row_length: int,
     row_examples: int,
+    counts: Sequence[int] | None = None,
     look_ahead: int = LOOK_AHEAD,
 ) -> Rows:
-    """Puts examples into rows; see the module's table.
+    """Puts examples, or families of them, into rows; see the module's table.
 
     Args:
       positions: int [n], positions that each example takes.
       order: int [m], indices of the examples to place, in the order in which they come.
       row_length: positions of a row.
       row_examples: most examples in a row.
+      counts: of the examples in each family, at most ``row_examples``; None is one.
       look_ahead: examples in the buffer.
 
     Returns:
@@ -224,7 +226,7 @@ def plan_rows(
             f"{int((positions[order] > row_length).sum())} of {len(order)} examples are longer than a row; raise that "
             "key, or lower data.prompt_length and data.answer_length so that examples are truncated"
         )
-    waiting = _Buffer(positions.tolist())
+    waiting = _Buffer(positions.tolist(), counts or [1] * len(positions))
     rows: list[list[int]] = []
     for index in order.tolist():
         waiting.add(index)
@@ -244,17 +246,17 @@ def plan_examples(examples: Sized, *, row_length: int, row_examples: int) -> Row
 def _take_row(waiting: _Buffer, room: int, most: int) -> list[int]:
     row: list[int] = []
     for take in (waiting.take_oldest, waiting.take_longest):
-        while len(row) < most and (index := take(room)) is not None:
+        while most and (index := take(room, most)) is not None:
             row.append(index)
-            room -= waiting.sizes[index]
+            room, most = room - waiting.sizes[index], most - waiting.counts[index]
     return row
 
 
 class _Buffer:
-    """Examples that wait for a row, by age and by size."""
+    """Examples, or families of them, that wait for a row, by age and by size."""
 
-    def __init__(self, sizes: Sequence[int]) -> None:
-        self.sizes = sizes
+    def __init__(self, sizes: Sequence[int], counts: Sequence[int]) -> None:
+        self.sizes, self.counts = sizes, counts
         self._by_size: list[tuple[int, int, int]] = []  # size, minus the arrival, index: the oldest of equals is last
         self._by_age: deque[tuple[int, int]] = deque()  # arrival, index
         self._gone: set[int] = set()  # arrivals that have left through _by_size
@@ -268,19 +270,24 @@ class _Buffer:
         self._by_age.append((self._arrivals, index))
         self._arrivals += 1
 
-    def take_oldest(self, room: int) -> int | None:
-        """The oldest example; None where it takes more than ``room`` positions, or there is none."""
+    def take_oldest(self, room: int, most: int) -> int | None:
+        """The oldest one; None where it takes more than ``room`` positions or ``most`` examples, or there is none."""
         while self._by_age and self._by_age[0][0] in self._gone:
             self._gone.remove(self._by_age.popleft()[0])
-        if not self._by_age or self.sizes[self._by_age[0][1]] > room:
+        if not self._by_age:
             return None
-        arrival, index = self._by_age.popleft()
+        arrival, index = self._by_age[0]
+        if self.sizes[index] > room or self.counts[index] > most:
+            return None
+        self._by_age.popleft()
         del self._by_size[bisect.bisect_left(self._by_size, (self.sizes[index], -arrival, index))]
         return index
 
-    def take_longest(self, room: int) -> int | None:
-        """The longest example of at most ``room`` positions, the oldest of equals; None where none fits."""
+    def take_longest(self, room: int, most: int) -> int | None:
+        """The longest of at most ``room`` positions and ``most`` examples, the oldest of equals; None: none fits."""
         place = bisect.bisect_right(self._by_size, (room + 1,)) - 1
+        while place >= 0 and self.counts[self._by_size[place][2]] > most:
+            place -= 1
         if place < 0:
             return None
         _, minus_arrival, index = self._by_size.pop(place)

@@ -23,7 +23,7 @@ from dpo_jax.data.layouts import LAYOUTS, Shape, pad_rows
 from dpo_jax.data.mismatched import mismatch, mismatched_shape
 from dpo_jax.types import PreferenceBatch, TokenBatch
 
-_VERSION = 4  # of the order of examples: change it when the same seed gives other batches
+_VERSION = 5  # of the order of examples: change it when the same seed gives other batches
 _STEPS = 2**62  # more than any run has
 _ROWS = 1  # the stream of random numbers that shuffles rows, beside the one that shuffles examples
 
@@ -356,9 +356,8 @@ def _units(source: Source, shape: Shape) -> packing.Families:
 
 def _plan(units: packing.Families, order: np.ndarray, shape: Shape) -> packing.Rows:
     """Which examples lie in each row, those of a unit side by side."""
-    places = packing.plan_rows(
-        units.positions, order, row_length=shape.row_length or 0, row_examples=shape.row_examples // units.largest
-    )
+    limits = {"row_length": shape.row_length or 0, "row_examples": shape.row_examples}
+    places = packing.plan_rows(units.positions, order, **limits, counts=units.counts)
     rows = [[i for unit in places[r].tolist() for i in units.members[unit]] for r in range(len(places))]
     return packing.Rows.of(rows)
 

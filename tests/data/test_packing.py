@@ -57,6 +57,21 @@ def test_every_example_is_in_one_row_and_every_row_fits(sizes, row_examples, loo
     assert rows == plan(sizes, order, row_examples=row_examples, look_ahead=look_ahead)
 
 
+@given(st.lists(st.tuples(st.integers(1, 10), st.integers(1, 5)), min_size=1, max_size=60), st.integers(5, 9))
+def test_rows_of_families_hold_no_more_examples_than_they_may(units, row_examples) -> None:
+    sizes, counts = zip(*units, strict=True)
+    rows = plan(sizes, row_examples=row_examples, counts=counts)
+    assert sorted(i for row in rows for i in row) == list(range(len(units)))
+    assert all(sum(sizes[i] for i in row) <= 10 and sum(counts[i] for i in row) <= row_examples for row in rows)
+
+
+def test_one_large_family_leaves_the_rows_of_the_others_full() -> None:
+    rows = plan([1] * 33, row_examples=8, counts=[8, *[1] * 32])
+    assert sorted(map(len, rows)) == [1, 8, 8, 8, 8]
+    # The longest that fits has too many examples: the next one is taken.
+    assert plan([4, 7, 6, 5], row_examples=4, counts=[2, 1, 3, 2]) == [[0, 3], [1], [2]]
+
+
 def test_rows_are_nearly_full() -> None:
     sizes = np.random.default_rng(0).integers(20, 300, 5000)
     rows = packing.plan_rows(sizes, packing.shuffled(5000, 0, 0), row_length=512, row_examples=16)
@@ -112,7 +127,7 @@ def test_families_are_those_of_the_docstring() -> None:
     ]
     shape = Shape(2, 1, 2, row_length=10, row_examples=6, prompt_answers=3)
     found = families(examples, shape)
-    assert found.members == [[0, 1, 3], [2]] and found.positions.tolist() == [4, 3] and found.largest == 3
+    assert found.members == [[0, 1, 3], [2]] and found.positions.tolist() == [4, 3] and found.counts == [3, 1]
     # Of two answers, three or more positions, and two examples at most.
     assert families(examples, replace(shape, prompt_answers=2)).members == [[0], [1], [2], [3]]
     assert families(examples, replace(shape, row_length=3)).members == [[0], [1], [2], [3]]

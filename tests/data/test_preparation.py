@@ -21,6 +21,7 @@ from dpo_jax.data import tokenizer as tokenizers
 from dpo_jax.data.encode import Encoder, Encoding
 from dpo_jax.data.formats import parse_row
 from dpo_jax.data.mixture import Mixture
+from dpo_jax.data.noise import Flipped
 from dpo_jax.data.preparation import Part, Reader, Request, encoded_examples, parse_mixture, prepare
 from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.data.public import PUBLIC_SETS
@@ -210,6 +211,10 @@ def test_a_mixture_holds_each_source_as_often_as_its_weight_says(tmp_path: Path)
     tokens = [np.concatenate([mixed[i].prompt, *(a.tokens for a in mixed[i].answers)]) for i in range(len(mixed))]
     least, greatest = mixed.token_range()
     assert least <= min(t.min() for t in tokens) and max(t.max() for t in tokens) <= greatest
+    noisy = Flipped(mixed, 0.3, 0, mixed.fingerprint)
+    labels = {(e.uid, noisy[i].answers[0].tokens.tobytes(), e.answers[0].tokens.tobytes()) for i, e in enumerate(mixed)}
+    assert len(labels) == len(uids)  # all copies of an example have one label
+    assert sum(theirs != ours for _, ours, theirs in labels) == round(0.3 * len(uids))
     drawn = Mixture(sources, [0.5, 2.5], shuffled=True)
     assert [e.uid for e in drawn] != [e.uid for e in mixed] and {e.uid for e in list(drawn)[:30]} & set(range(40, 50))
     assert sorted(e.uid for e in drawn) == sorted(e.uid for e in mixed)
