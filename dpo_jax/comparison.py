@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from dpo_jax.results import Result
-
-DRAWS = 2000  # of the bootstrap
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, … degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -104,8 +100,7 @@ def interval(values: Sequence[float] | np.ndarray) -> float:
     n = len(values)
     if n < 2:
         return float("nan")
-    t = _T95[n - 2] if n - 2 < len(_T95) else 1.96
-    return float(t * values.std(ddof=1) / n**0.5)
+    return float(student.ppf(0.975, n - 1) * values.std(ddof=1) / n**0.5)
 
 
 @dataclass(frozen=True)
@@ -114,8 +109,8 @@ class Difference:
 
     Attributes:
       mean: of seeds and prompts.
-      low, high: 95 % interval of the bootstrap over seeds and, within each, prompts.
-      p: two-sided, of the bootstrap; not smaller than 2 / DRAWS.
+      low, high: 95 % interval.
+      p: two-sided, of no difference.
     """
 
     mean: float
@@ -124,16 +119,17 @@ class Difference:
     p: float
 
 
-def difference(a: Choice, b: Choice, seed: int = 0) -> Difference:
+def difference(a: Choice, b: Choice) -> Difference:
     """a − b, paired: both answer the same prompts with the same random numbers, seed by seed.
 
-    The bootstrap draws seeds, and prompts within a seed, the same ones for both methods; at a level of KL the whole
-    path is interpolated anew for each draw.
+    What another seed and what another prompt would change both count: the difference of seed s at prompt i is taken as
+    the mean plus a random part of the seed, one of the prompt and one of both, and the mean has Student's t with
+    Satterthwaite's degrees of freedom (crossed random effects: Searle, Casella and McCulloch 1992, ch. 4). Of one seed,
+    only what prompts change is known. At a level of KL, the part of a prompt is its jackknife pseudo-value.
 
     Args:
       a: a point of one method.
       b: of another.
-      seed: of the bootstrap.
 
     Raises:
       ValueError: they have no seed in common, or their prompts differ.
@@ -141,32 +137,47 @@ def difference(a: Choice, b: Choice, seed: int = 0) -> Difference:
     pairs = [(x, y) for x, y in itertools.product(a.runs, b.runs) if x.seed == y.seed]
     if not pairs:
         raise ValueError("the methods have no seed in common, so that nothing can be paired")
-    for x, y in pairs:
-        if x.samples[x.steps[0]].prompts != y.samples[y.steps[0]].prompts:
-            raise ValueError(f"{x.name} and {y.name} have answered other prompts; evaluate both on the same")
-    rng = np.random.default_rng(seed)
+    first = pairs[0][0]
+    for run in itertools.chain.from_iterable(pairs):
+        if run.samples[run.steps[0]].prompts != first.samples[first.steps[0]].prompts:
+            raise ValueError(f"{first.name} and {run.name} have answered other prompts; evaluate both on the same")
     paths = [(x.path("test"), y.path("test")) for x, y in pairs]
-    size = paths[0][0][0].shape[1]
-    observed = float(np.mean([a.reward(*x) - b.reward(*y) for x, y in paths]))
-    # One table of differences a seed: which prompts a draw holds is the same for both methods.
-    tables = [_resampled(a, b, x, y, rng.integers(0, size, (DRAWS, size))) for x, y in paths]
-    picked = rng.integers(0, len(paths), (DRAWS, len(paths)))
-    draws = np.stack(tables)[picked, np.arange(DRAWS)[:, None]].mean(1)
-    draws = draws[np.isfinite(draws)]
-    if not len(draws):
-        return Difference(observed, float("nan"), float("nan"), float("nan"))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    p = 2 * min((draws <= 0).mean(), (draws >= 0).mean())
-    return Difference(observed, float(low), float(high), float(min(1.0, max(p, 2 / DRAWS))))
+    mean = float(np.mean([a.reward(*x) - b.reward(*y) for x, y in paths]))
+    error, freedom = _standard_error(np.stack([_of_prompts(a, *x) - _of_prompts(b, *y) for x, y in paths]))
+    half = float(student.ppf(0.975, freedom)) * error
+    p = float(2 * student.sf(abs(mean) / error, freedom)) if error else float(mean == 0)
+    return Difference(mean, mean - half, mean + half, p)
 
 
-Path = tuple[np.ndarray, np.ndarray]
+def _of_prompts(choice: Choice, kl_TN: np.ndarray, reward_TN: np.ndarray) -> np.ndarray:
+    """What each prompt has of the reward at a point, [N]: its own reward at a step, else N·whole − (N − 1)·without."""
+    if choice.step is not None:
+        return reward_TN[choice.step]
+    size = reward_TN.shape[1]
+    without_N = [choice.reward(np.delete(kl_TN, i, 1), np.delete(reward_TN, i, 1)) for i in range(size)]
+    return size * choice.reward(kl_TN, reward_TN) - (size - 1) * np.array(without_N)
 
 
-def _resampled(a: Choice, b: Choice, x: Path, y: Path, index_BN: np.ndarray) -> np.ndarray:
-    """Differences of one seed for every draw of prompts, [B]."""
-    reward: Callable[[Choice, Path, np.ndarray], float] = lambda c, path, i: c.reward(path[0][:, i], path[1][:, i])  # noqa: E731
-    return np.array([reward(a, x, index) - reward(b, y, index) for index in index_BN])
+def _standard_error(values_SN: np.ndarray) -> tuple[float, float]:
+    """(standard error of the mean of all, its degrees of freedom), where seeds and prompts are drawn.
+
+    Mean squares of seeds, prompts and the rest give the three variances; one that would be negative is 0.
+    """
+    seeds, size = values_SN.shape
+    prompts_N = values_SN.mean(0)
+    of_prompts = seeds * prompts_N.var(ddof=1)
+    if seeds == 1:
+        return float((of_prompts / size) ** 0.5), size - 1
+    seeds_S = values_SN.mean(1)
+    of_seeds = size * seeds_S.var(ddof=1)
+    rest_SN = values_SN - seeds_S[:, None] - prompts_N + values_SN.mean()
+    rest = float((rest_SN**2).sum()) / ((seeds - 1) * (size - 1))
+    of_seeds, of_prompts = max(of_seeds, rest), max(of_prompts, rest)
+    total = of_seeds + of_prompts - rest
+    if not total:
+        return 0.0, seeds - 1
+    parts = of_seeds**2 / (seeds - 1) + of_prompts**2 / (size - 1) + rest**2 / ((seeds - 1) * (size - 1))
+    return float((total / (seeds * size)) ** 0.5), total**2 / parts
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

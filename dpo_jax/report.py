@@ -128,8 +128,8 @@ def _parts(
     yield "<h2>Paired comparisons</h2>"
     yield _note(
         f"Reward of a method less that of {sweep.methods[0]}, test half. Both answer the same prompts with the same "
-        f"random numbers; intervals and p are of a bootstrap over seeds and prompts ({comparison.DRAWS} draws). "
-        "p (Holm) is adjusted for all rows. With few seeds, the bootstrap sees little of what varies between them."
+        "random numbers; intervals and p are Student's t, for what other seeds and other prompts would change (prompts "
+        "alone where there is one seed). p (Holm) is adjusted for all rows."
     )
     yield _wide(_table(tables["comparisons"]))
     yield "<h2>Reward against KL</h2>" + _note("All evaluations of all runs; rings are the chosen points.")
@@ -200,7 +200,7 @@ def _fairness_rows(sweep: Sweep) -> list[dict[str, Any]]:
     for method in sweep.methods:
         own = [r for r in sweep.results if r.method == method]
         steps = {int(r.rows[-1]["step"]) for r in own}
-        seen = {int(r.rows[-1]["step"]) * r.config["data"]["batch_size"] for r in own}
+        seen = {_seen(r) for r in own}
         rows.append(
             {
                 "method": method,
@@ -209,11 +209,18 @@ def _fairness_rows(sweep: Sweep) -> list[dict[str, Any]]:
                 "settings tried": len({r.setting for r in own}),
                 "seeds": ", ".join(sorted({r.seed for r in own})),
                 "steps": ", ".join(map(str, sorted(steps))),
-                "examples seen": ", ".join(map(str, sorted(seen))),
+                "seen": ", ".join(sorted(seen)),
                 "evaluations": ", ".join(map(str, sorted({len(r.steps) for r in own}))),
             }
         )
     return rows
+
+
+def _seen(result: Result) -> str:
+    """How much a run has read; a row of the packed layout holds as many examples as there is room for."""
+    data = result.config["data"]
+    unit = "rows" if data["layout"] == "packed" else "examples"
+    return f"{int(result.rows[-1]['step']) * data['batch_size']} {unit}"
 
 
 def _unfair(sweep: Sweep, rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:

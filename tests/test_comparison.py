@@ -66,8 +66,10 @@ def test_levels_are_those_that_every_method_reaches() -> None:
 
 
 def test_interval_of_a_mean() -> None:
-    # sd of 1, 2, 3 is 1; t of 2 degrees of freedom is 4.303.
-    assert comparison.interval([1.0, 2.0, 3.0]) == pytest.approx(4.303 / 3**0.5)
+    # sd of 1, 2, 3 is 1; t of 2 degrees of freedom is 4.302653, of 19 it is 2.093024.
+    assert comparison.interval([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3**0.5, rel=1e-6)
+    twenty = np.arange(20.0)
+    assert comparison.interval(twenty) == pytest.approx(2.093024 * twenty.std(ddof=1) / 20**0.5, rel=1e-6)
     assert np.isnan(comparison.interval([1.0]))
 
 
@@ -80,7 +82,7 @@ def test_a_constant_difference_has_no_width_however_much_prompts_vary() -> None:
     assert a is not None and b is not None
     found = comparison.difference(a, b)
     assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
-    assert found.p == 2 / comparison.DRAWS
+    assert found.p < 1e-9
 
 
 def test_prompts_that_differ_and_seeds_that_do_are_refused() -> None:
@@ -90,18 +92,47 @@ def test_prompts_that_differ_and_seeds_that_do_are_refused() -> None:
         comparison.difference(a, b)
 
 
-def test_intervals_of_the_bootstrap_cover_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No difference: a 95 % interval over prompts of one seed holds 0 in about 95 of 100 worlds."""
-    monkeypatch.setattr(comparison, "DRAWS", 200)
-    rng, covered = np.random.default_rng(0), 0
-    for world in range(100):
-        a, b = (
-            comparison.best_point([(result(m, np.stack([np.zeros(60), rng.normal(0, 1, 60)])),)]) for m in ("a", "b")
-        )
-        assert a is not None and b is not None
-        found = comparison.difference(a, b, seed=world)
-        covered += found.low <= 0 <= found.high
-    assert 86 <= covered <= 100  # 5 standard deviations of a binomial around 95, and what 30 prompts cost
+def test_methods_that_are_one_do_not_differ() -> None:
+    runs = [tuple(result(m, flat(0.5, 0.6), seed=str(s)) for s in range(3)) for m in ("a", "b")]
+    a, b = (comparison.best_point([own]) for own in runs)
+    assert a is not None and b is not None
+    assert comparison.difference(a, b) == comparison.Difference(0.0, 0.0, 0.0, 1.0)
+
+
+def _worlds(seeds: int, seed_sd: float, prompt_sd: float, level: float | None, count: int = 300):
+    """Differences in worlds where there is none: seeds and prompts that vary, and both together."""
+    rng = np.random.default_rng(0)
+    for _ in range(count):
+        shared, runs = prompt_sd * rng.normal(size=60), []
+        for _ in range(seeds):
+            noise = seed_sd * rng.normal() + shared + 0.3 * rng.normal(size=60)
+            runs.append([np.stack([np.zeros(60), x]) for x in (noise, np.zeros(60))])
+        kl = flat(0.0, 4.0)
+        a, b = (tuple(result("ab"[i], table[i], kl, seed=str(s)) for s, table in enumerate(runs)) for i in range(2))
+        choices = [comparison.Choice(own, 1 if level is None else None, level, 1) for own in (a, b)]
+        yield comparison.difference(*choices)
+
+
+@pytest.mark.parametrize("level", [None, 2.0])
+@pytest.mark.parametrize(
+    ("seeds", "seed_sd", "prompt_sd"), [(1, 0.0, 0.2), (2, 0.3, 0.0), (3, 0.2, 0.0), (3, 0.1, 0.5), (5, 0.1, 0.2)]
+)
+def test_intervals_cover_the_truth_and_p_values_err_as_often_as_they_say(seeds, seed_sd, prompt_sd, level) -> None:
+    found = list(_worlds(seeds, seed_sd, prompt_sd, level))
+    covered = sum(d.low <= 0 <= d.high for d in found)
+    assert covered >= 270  # of 300; 285 less 4 standard deviations of a binomial
+    assert covered == sum(d.p >= 0.05 for d in found)
+    assert covered < 300  # they are not just wide
+
+
+def test_a_standard_error_by_hand() -> None:
+    """Two seeds, two prompts: seeds 1 and 3, prompts the same, nothing else: 4 = 2·(1 + 1)."""
+    error, freedom = comparison._standard_error(np.array([[1.0, 1.0], [3.0, 3.0]]))
+    assert (error, freedom) == (1.0, 1.0)
+    # Values 0, 1 and 2, 5: mean squares 9 of seeds, 4 of prompts, 1 of the rest.
+    error, freedom = comparison._standard_error(np.array([[0.0, 1.0], [2.0, 5.0]]))
+    assert error == pytest.approx(((9.0 + 4.0 - 1.0) / 4) ** 0.5)
+    assert freedom == pytest.approx(12.0**2 / (81.0 + 16.0 + 1.0))
 
 
 def test_holm() -> None:
