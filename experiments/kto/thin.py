@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from dpo_jax.data.example import Example
+from dpo_jax.data.example import Answer, Example
+from dpo_jax.data.pipeline import Source
 from dpo_jax.data.prepared import PreparedExamples, read_metadata
 from dpo_jax.data.prepared_writer import write_examples
 from dpo_jax.main import command
@@ -50,13 +52,19 @@ def write(source: Path, out: Path, share: float) -> None:
     print(f"{metadata.counts['train']} answers of {len(train)} pairs in {out}")
 
 
-def answers(source: PreparedExamples, share: float) -> Iterator[Example]:
-    """Each answer of each pair; desirable ones are drawn by their own numbers: a larger share holds a smaller one."""
+def answers(source: Source, share: float) -> Iterator[Example]:
+    """Each answer of each pair; a desirable one stays or goes in all of them. A larger share holds a smaller one."""
     for i in range(len(source)):
         example = source[i]
         for side, answer in enumerate(example.answers):
-            if answer.role != CHOSEN or np.random.default_rng(example.uid).random() < share:
+            if answer.role != CHOSEN or _place(example.prompt, answer) < share:
                 yield dataclasses.replace(example, uid=2 * example.uid + side, answers=(answer,))
+
+
+def _place(prompt: np.ndarray, answer: Answer) -> float:
+    """A number from 0 to 1 that looks random, and is the same for the same answer to the same prompt."""
+    digest = hashlib.sha256(prompt.tobytes() + b" " + answer.tokens.tobytes()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64
 
 
 if __name__ == "__main__":

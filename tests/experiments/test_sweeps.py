@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import itertools
+from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dpo_jax import grid, report, sweep
+from dpo_jax.data.example import Answer, Example
 from dpo_jax.data.prepared import PreparedExamples
 from dpo_jax.data.tokenizer import tokenizer_fingerprint
 from dpo_jax.types import CHOSEN, REJECTED
@@ -60,9 +65,31 @@ def test_methods_under_noise_go_through_to_the_report(tmp_path: Path) -> None:
     assert "robust" in found.read_text(encoding="utf-8")
 
 
+def test_a_tenth_of_the_desirable_answers_stays_each_in_all_of_its_pairs() -> None:
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 1000, (400, 4, 3)).astype(np.int32)
+    weights = np.ones(3, np.float32)
+    pairs = [
+        Example(0, np.array([p], np.int32), (Answer(four[a], weights, CHOSEN), Answer(four[b], weights, REJECTED)))
+        for p, four in enumerate(words)
+        for a, b in itertools.combinations(range(4), 2)
+    ]
+    pairs = [dataclasses.replace(pair, uid=i) for i, pair in enumerate(pairs)]
+
+    def kept(share: float, role: int) -> Counter[tuple[int, bytes]]:
+        found = (e for e in thin.answers(pairs, share) if e.answers[0].role == role)
+        return Counter((int(e.prompt[0]), e.answers[0].tokens.tobytes()) for e in found)
+
+    whole, tenth = kept(1.0, CHOSEN), kept(0.1, CHOSEN)
+    assert {answer: whole[answer] for answer in tenth} == dict(tenth)
+    assert 0.07 < len(tenth) / len(whole) < 0.13  # of 1,200, so 0.1 ± 0.03 is more than 3 standard deviations
+    assert tenth.keys() < kept(0.3, CHOSEN).keys()
+    assert kept(0.1, REJECTED) == kept(1.0, REJECTED)
+
+
 def test_kto_trains_on_a_tenth_of_the_desirable_answers(tmp_path: Path) -> None:
     source = tiny_run.write_data(tmp_path / "data")
-    thin.write(source, tmp_path / "tenth", 0.1)
+    thin.write(source, tmp_path / "tenth", 0.3)  # of 26 answers, a tenth may be none
     tokenizer = tokenizer_fingerprint(tmp_path / "data" / f"tokenizer-{tiny_run.VOCAB}")
     data = PreparedExamples(tmp_path / "tenth", "train", tokenizer)
     roles = data.roles().ravel().tolist()
