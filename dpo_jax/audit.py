@@ -19,7 +19,7 @@ from typing import Any
 
 from absl import flags
 
-from dpo_jax import buckets
+from dpo_jax import buckets, hub
 from dpo_jax.data.checks import CHECKS, Case, Finding
 from dpo_jax.data.checks.case import share
 from dpo_jax.data.checks.lengths import truncation
@@ -40,7 +40,7 @@ _TOKENIZER_SIZE = 8192  # tokens
 _DATA = flags.DEFINE_string("data", None, "What to audit, as in config.data.path.")
 _HELD_OUT = flags.DEFINE_string("eval_data", None, "Held-out data, whose prompts should not be in --data.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the results and downloads go.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder of a tokenizer; without it one is trained on the data.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id of a tokenizer; without it one is trained on the data.")
 _PROMPT = flags.DEFINE_integer("prompt_length", 512, "Longest prompt in training, tokens.", lower_bound=1)
 _ANSWER = flags.DEFINE_integer("answer_length", 512, "Longest answer in training, tokens.", lower_bound=1)
 _TEMPLATE = flags.DEFINE_enum("template", "plain", TEMPLATES, "As config.data.template.")
@@ -173,9 +173,9 @@ def write(folder: Path, title: str, reading: Reading, findings: Sequence[Finding
 
 
 def make_encoder(reading: Reading, tokenizer: str | None, encoding: Encoding) -> Encoder:
-    """An encoder with the tokenizer of a folder, or with one that is trained on the data."""
+    """An encoder with the tokenizer of a folder or of the hub, or with one that is trained on the data."""
     if tokenizer is not None:
-        return Encoder(open_tokenizer(tokenizer), encoding)
+        return Encoder(open_tokenizer(hub.find(tokenizer, "--tokenizer", hub.SETTINGS)), encoding)
     cases = reading.cases[:: max(1, len(reading.cases) // _TOKENIZER_CASES)]
     texts = (text for case in cases for text in (case.prompt, *case.answers))
     return Encoder(train_tokenizer(texts, _TOKENIZER_SIZE), encoding)
@@ -196,7 +196,7 @@ def run(
       workdir: where the results go.
       encoding: how the data would be trained on.
       held_out: held-out data, the same way.
-      tokenizer: folder of a tokenizer; None trains one.
+      tokenizer: folder or hub id of a tokenizer; None trains one.
       show: takes the summary.
 
     Returns:

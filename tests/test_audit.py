@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -227,6 +228,12 @@ def test_an_audit_names_files_and_lines(audited) -> None:
     assert "! duplicates: 1 of 3 (33.3 %)" in shown and "a.jsonl, line 2: repeats" in shown
     assert "\x1b" not in shown
     assert {f.check for f in findings} == set(by_check)
+
+
+def test_a_tokenizer_that_is_not_there_is_named() -> None:
+    reading = audit.Reading([], [], [], Counter())
+    with pytest.raises(OSError, match="--tokenizer is '/nowhere': there is no such folder"):
+        audit.make_encoder(reading, "/nowhere", Encoding(9, 9))
 
 
 def test_the_page_is_escaped_and_needs_nothing_else(audited) -> None:
