@@ -40,7 +40,7 @@ _TOKENIZER_SIZE = 8192  # tokens
 _DATA = flags.DEFINE_string("data", None, "What to audit, as in config.data.path.")
 _HELD_OUT = flags.DEFINE_string("eval_data", None, "Held-out data, whose prompts should not be in --data.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Where the results and downloads go.")
-_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id of a tokenizer; without it one is trained on the data.")
+_TOKENIZER = flags.DEFINE_string("tokenizer", None, "Folder or hub id of a tokenizer; without it one is trained.")
 _PROMPT = flags.DEFINE_integer("prompt_length", 512, "Longest prompt in training, tokens.", lower_bound=1)
 _ANSWER = flags.DEFINE_integer("answer_length", 512, "Longest answer in training, tokens.", lower_bound=1)
 _TEMPLATE = flags.DEFINE_enum("template", "plain", TEMPLATES, "As config.data.template.")
