@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from dpo_jax import audit
-from dpo_jax.data.checks import CHECKS, Case, Finding, giveaways, lengths, repeats, rows
+from dpo_jax.data.checks import CHECKS, Case, Finding, giveaways, groups, lengths, repeats, rows
 from dpo_jax.data.checks.case import labelled_sides
 from dpo_jax.data.encode import Encoding
 from dpo_jax.data.records import Message, Record, Reply, pair
@@ -22,6 +23,8 @@ WORDS = [
     "apple", "river", "stone", "cloud", "music", "paper", "window", "garden", "silver", "candle", "bridge",
     "summer", "winter", "letter", "forest",
 ]  # fmt: skip
+
+LETTERS = "abcdefghijklmnopqrstuvwxy"
 
 
 def user(text: str) -> Message:
@@ -160,7 +163,7 @@ def test_giveaways_are_found_only_where_there_are_some(kind: str) -> None:
         for i in range(240):
             good, bad = sentence(rng), sentence(rng) + (" sorry!" if telling else "")
             records.append(
-                pair("p", good, bad) if kind == "pairs" else single("p", good if i % 2 else bad, bool(i % 2))
+                pair(f"p {i}", good, bad) if kind == "pairs" else single(f"p {i}", good if i % 2 else bad, bool(i % 2))
             )
         return cases(*records)
 
@@ -178,20 +181,83 @@ def test_flipped_labels_are_disputed() -> None:
     records = []
     for i in range(300):
         good, bad = f"{sentence(rng)} wonderful", f"{sentence(rng)} dreadful"
-        records.append(pair("p", bad, good) if i in flipped else pair("p", good, bad))
+        records.append(pair(f"p {i}", bad, good) if i in flipped else pair(f"p {i}", good, bad))
     (finding,) = giveaways.label_noise(cases(*records))
     assert finding.numbers["accuracy"] == pytest.approx(0.9, abs=0.02)
-    assert finding.numbers["noise"] == pytest.approx(0.1, abs=0.02)
+    assert finding.numbers["noise"] == pytest.approx(0.1, abs=0.03)
     # Flipped pairs are the least likely of all.
     assert set(np.argsort(finding.numbers["own"])[:30].tolist()) == flipped
 
 
 def test_no_estimate_where_nothing_can_be_read() -> None:
     rng = random.Random(3)
-    (finding,) = giveaways.label_noise(cases(*(pair("p", sentence(rng), sentence(rng)) for _ in range(200))))
+    (finding,) = giveaways.label_noise(cases(*(pair(f"p {i}", sentence(rng), sentence(rng)) for i in range(200))))
     assert finding.summary.startswith("no estimate")
     (few,) = giveaways.label_noise(cases(pair("p", "a", "b")))
     assert few.count == 0 and "too few" in few.summary
+
+
+def babble(rng: random.Random) -> str:
+    """25 of 600 words: enough to know an answer again."""
+    return " ".join(rng.choice(LETTERS) + rng.choice(LETTERS[:24]) for _ in range(25))
+
+
+def ranked(rng: random.Random, prompts: int) -> list[Case]:
+    """All six pairs of four answers to each prompt; nothing in the words tells the better one."""
+    return cases(
+        *(
+            pair(f"p {i}", better, worse)
+            for i in range(prompts)
+            for better, worse in itertools.combinations([babble(rng) for _ in range(4)], 2)
+        )
+    )
+
+
+def test_rows_of_one_prompt_say_nothing_of_each_other() -> None:
+    (finding,) = giveaways.label_noise(ranked(random.Random(4), 60))
+    assert finding.numbers["accuracy"] < 0.6
+    assert finding.summary.startswith("no estimate")
+
+
+def test_rows_with_one_answer_say_nothing_of_each_other() -> None:
+    rng = random.Random(5)
+    answers = [(babble(rng), rng.random() < 0.5) for _ in range(60)]
+    rows = [single(f"p {i} {j}", answer, good) for i in range(3) for j, (answer, good) in enumerate(answers)]
+    (finding,) = giveaways.label_noise(cases(*rows))
+    assert finding.numbers["accuracy"] < 0.65
+
+
+def test_rows_hang_together_over_prompts_and_answers() -> None:
+    data = cases(
+        pair("p", "a", "b"), pair("q", "b", "c"), single("r", "c", True), pair("b", "d", "e"), pair("p", "f", "g")
+    )
+    assert np.unique(groups.by_text(data), return_inverse=True)[1].tolist() == [0, 0, 0, 1, 0]
+    assert np.unique(groups.by_prompt(data), return_inverse=True)[1].tolist() == [0, 1, 2, 3, 0]
+    owner = np.array([0, 0, 1, 2, 2, 3, 4, 5])
+    for train, held_out in groups.folds(np.arange(8) % 2, owner):
+        assert set(owner[train]) | set(owner[held_out]) == set(range(6))
+        assert not set(owner[train]) & set(owner[held_out])
+
+
+def test_rows_that_hang_together_give_no_estimate() -> None:
+    rng = random.Random(6)
+    data = cases(*(pair(f"p {i % 4}", sentence(rng), sentence(rng)) for i in range(200)))
+    (noise,) = giveaways.label_noise(data)
+    assert noise.count == 0 and "too few independent rows (200 labelled ones in 4 groups" in noise.summary
+    (look,) = giveaways.giveaways(data)
+    assert look.count == 0 and "too few independent rows" in look.summary
+    # 40 prompts, but the undesirable rows are all of one: no reader could learn both labels without it.
+    lopsided = cases(*(single(f"p {max(i, 40)}", sentence(rng), i > 40) for i in range(80)))
+    assert "too few" in giveaways.label_noise(lopsided)[0].summary
+
+
+def test_an_answer_that_is_always_the_worse_one_is_a_giveaway() -> None:
+    rng = random.Random(7)
+    refusal = "I am sorry, but I cannot help with that!"
+    data = cases(*(pair(f"p {i}", sentence(rng), refusal if i % 2 else sentence(rng)) for i in range(240)))
+    look, words = giveaways.giveaways(data)
+    assert look.serious and look.numbers["surface"] > 0.7
+    assert "sorry" in [word for word, *_ in words.numbers["words"]]
 
 
 LINES = [

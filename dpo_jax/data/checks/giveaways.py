@@ -11,14 +11,13 @@ import numpy as np
 import scipy.sparse
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
+from sklearn.model_selection import cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from dpo_jax.data.checks import groups
 from dpo_jax.data.checks.case import Case, Finding, labelled_sides
 
-_LEAST = 40  # rows for an estimate
-_FOLDS = 5
 _GIVEN_AWAY = 0.65  # accuracy of surface features past which they are a shortcut
 READABLE = 0.7  # accuracy under which a reader's doubts mean nothing
 _CONFIDENT = 0.9
@@ -45,14 +44,19 @@ _SURFACE = {
 
 
 def giveaways(cases: Sequence[Case]) -> list[Finding]:
-    """How well length alone, and surface features alone, predict the label; and which words do."""
+    """How well length alone, and surface features alone, predict the label; and which words do.
+
+    Rows of one prompt are predicted together. An answer that is worse under many prompts is a give-away itself.
+    """
     kept, first, second, labels = labelled_sides(cases)
-    if not _enough(labels):
-        return [Finding("give-aways", 0, f"too few labelled rows ({len(kept)}) to look for give-aways")]
+    prompts = groups.by_prompt(kept)
+    if few := groups.too_few(labels, prompts):
+        return [Finding("give-aways", 0, f"{few} to look for give-aways")]
     features = _surface(first) - (_surface([t or "" for t in second]) if second[0] is not None else 0)
     target = np.array(labels, bool)
-    alone = _accuracy(features[:, :1], target)
-    surface = _accuracy(features, target)
+    folds = groups.folds(target, prompts)
+    alone = _accuracy(features[:, :1], target, folds)
+    surface = _accuracy(features, target, folds)
     error = 0.5 / len(target) ** 0.5
     words = _telling_words(first, second, labels)
     base = max(target.mean(), 1 - target.mean())
@@ -73,16 +77,18 @@ def giveaways(cases: Sequence[Case]) -> list[Finding]:
 
 
 def label_noise(cases: Sequence[Case]) -> list[Finding]:
-    """Rows whose label a reader of words, trained on the other rows, disputes.
+    """Rows whose label a reader of words, trained on rows with other prompts and answers, disputes.
 
     The share of wrong labels is estimated as in confident learning (Northcutt et al. 2021, arXiv 1911.00068): rows
     whose other label is as likely as a label of its kind is on average.
     """
     kept, first, second, labels = labelled_sides(cases)
-    if not _enough(labels):
-        return [Finding("label noise", 0, f"too few labelled rows ({len(kept)}) to estimate label noise")]
+    texts = groups.by_text(kept)
+    if few := groups.too_few(labels, texts):
+        return [Finding("label noise", 0, f"no estimate: {few}")]
     target = np.array(labels, bool)
-    predicted = _predict(_bag(first, second), target, LogisticRegression(C=1.0, max_iter=300))
+    reader = LogisticRegression(C=1.0, max_iter=300)
+    predicted = _predict(_bag(first, second), target, reader, groups.folds(target, texts))
     own = np.where(target, predicted, 1 - predicted)
     accuracy = float(np.mean(own > 0.5))
     usual = {label: float(own[target == label].mean()) for label in (False, True)}
@@ -101,23 +107,18 @@ def label_noise(cases: Sequence[Case]) -> list[Finding]:
     return [Finding("label noise", len(rows), summary, False, rows, numbers)]
 
 
-def _enough(labels: Sequence[bool]) -> bool:
-    return min(sum(labels), len(labels) - sum(labels)) >= _LEAST // 2
-
-
 def _surface(texts: Sequence[str]) -> np.ndarray:
     table = np.array([[float(feature(text)) for feature in _SURFACE.values()] for text in texts])
     return np.sign(table) * np.log1p(np.abs(table))
 
 
-def _accuracy(features: np.ndarray, target: np.ndarray) -> float:
+def _accuracy(features: np.ndarray, target: np.ndarray, folds: groups.Folds) -> float:
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    return float(np.mean((_predict(features, target, model) > 0.5) == target))
+    return float(np.mean((_predict(features, target, model, folds) > 0.5) == target))
 
 
-def _predict(features: Any, target: np.ndarray, model: Any) -> np.ndarray:
-    """Probability that the first side is the better one, each from a model that has not seen the row."""
-    folds = StratifiedKFold(_FOLDS, shuffle=True, random_state=0)
+def _predict(features: Any, target: np.ndarray, model: Any, folds: groups.Folds) -> np.ndarray:
+    """Probability that the first side is the better one, each from a model that has not seen the row's group."""
     return cross_val_predict(model, features, target, cv=folds, method="predict_proba")[:, 1]
 
 
