@@ -260,6 +260,34 @@ def test_an_answer_that_is_always_the_worse_one_is_a_giveaway() -> None:
     assert "sorry" in [word for word, *_ in words.numbers["words"]]
 
 
+def test_chance_has_no_telling_words_however_often_an_answer_is_compared() -> None:
+    for seed in range(4):
+        assert len(giveaways.giveaways(ranked(random.Random(seed), 200))) == 1
+    rng = random.Random(8)
+    # One winner against five losers each: the losers hold five words of six.
+    winners = [(f"p {i}", babble(rng), [babble(rng) for _ in range(5)]) for i in range(100)]
+    data = cases(*(pair(prompt, good, bad) for prompt, good, worse in winners for bad in worse))
+    assert len(giveaways.giveaways(data)) == 1
+
+
+def test_a_word_counts_once_for_each_answer_and_side() -> None:
+    rng = random.Random(9)
+    rows = [pair(f"p {i}", f"fine {sentence(rng)}", sentence(rng)) for i in range(40)]
+    once, often = (giveaways.giveaways(cases(*rows * times))[-1].numbers["words"] for times in (1, 6))
+    assert once == often
+    assert once[0] == ("fine", pytest.approx(40**0.5, abs=0.01), 40, 0)
+
+
+def test_repeated_rows_make_nothing_more_certain() -> None:
+    rng = random.Random(10)
+    rows = [pair(f"p {i}", sentence(rng), sentence(rng, 10 + i % 5)) for i in range(60)]
+    once, often = (giveaways.giveaways(cases(*rows * times))[0].numbers["errors"] for times in (1, 7))
+    assert once == pytest.approx({"length": 0.065, "surface": 0.065}, abs=0.007)
+    assert often == pytest.approx(once, rel=0.1)
+    right = np.array([True, True, False, True, True, False])
+    assert groups.standard_error(right, np.array([0, 0, 1, 2, 2, 1])) == pytest.approx((4 / 9 * 6) ** 0.5 / 6)
+
+
 LINES = [
     {"prompt": "<script>alert(1)</script>", "chosen": "one two three four five six", "rejected": "no"},
     {"prompt": "<script>alert(1)</script>", "chosen": "one two three four five six", "rejected": "no"},

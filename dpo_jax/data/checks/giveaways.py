@@ -55,19 +55,20 @@ def giveaways(cases: Sequence[Case]) -> list[Finding]:
     features = _surface(first) - (_surface([t or "" for t in second]) if second[0] is not None else 0)
     target = np.array(labels, bool)
     folds = groups.folds(target, prompts)
-    alone = _accuracy(features[:, :1], target, folds)
-    surface = _accuracy(features, target, folds)
-    error = 0.5 / len(target) ** 0.5
-    words = _telling_words(first, second, labels)
+    right = {"length": _right(features[:, :1], target, folds), "surface": _right(features, target, folds)}
+    accuracies = {name: float(rows.mean()) for name, rows in right.items()}
+    errors = {name: groups.standard_error(rows, prompts) for name, rows in right.items()}
+    words = _telling_words(kept, first, second, labels)
     base = max(target.mean(), 1 - target.mean())
+    alone, surface = (f"{100 * accuracies[name]:.1f} ± {100 * errors[name]:.1f} %" for name in right)
     summary = (
-        f"the label is predicted from length alone in {100 * alone:.1f} %, from surface features in "
-        f"{100 * surface:.1f} % of the rows (guessing: {100 * base:.1f} %, standard error {100 * error:.1f} %)"
+        f"the label is predicted from length alone in {alone}, from surface features in {surface} of the rows "
+        f"(guessing: {100 * base:.1f} %; ± is one standard error over prompts)"
     )
     weights = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500)).fit(features, target)
     strongest = sorted(zip(_SURFACE, map(float, weights[-1].coef_[0]), strict=True), key=lambda item: -abs(item[1]))
-    numbers = {"length": alone, "surface": surface, "guess": float(base), "features": strongest, "words": words}
-    found = [Finding("give-aways", len(target), summary, surface > _GIVEN_AWAY, numbers=numbers)]
+    numbers = {**accuracies, "errors": errors, "guess": float(base), "features": strongest, "words": words}
+    found = [Finding("give-aways", len(target), summary, accuracies["surface"] > _GIVEN_AWAY, numbers=numbers)]
     if words:
         text = ", ".join(f"{word!r} {better}:{worse}" for word, _, better, worse in words[:5])
         found.append(
@@ -112,9 +113,9 @@ def _surface(texts: Sequence[str]) -> np.ndarray:
     return np.sign(table) * np.log1p(np.abs(table))
 
 
-def _accuracy(features: np.ndarray, target: np.ndarray, folds: groups.Folds) -> float:
+def _right(features: np.ndarray, target: np.ndarray, folds: groups.Folds) -> np.ndarray:
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500))
-    return float(np.mean((_predict(features, target, model, folds) > 0.5) == target))
+    return (_predict(features, target, model, folds) > 0.5) == target
 
 
 def _predict(features: Any, target: np.ndarray, model: Any, folds: groups.Folds) -> np.ndarray:
@@ -131,20 +132,26 @@ def _bag(first: Sequence[str], second: Sequence[str | None]) -> Any:
 
 
 def _telling_words(
-    first: Sequence[str], second: Sequence[str | None], labels: Sequence[bool], most: int = 20
+    kept: Sequence[Case], first: Sequence[str], second: Sequence[str | None], labels: Sequence[bool], most: int = 20
 ) -> list[tuple[str, float, int, int]]:
-    """(word, z, better answers that hold it, worse ones) by a binomial test over answers that hold the word."""
-    better: Counter[str] = Counter()
-    worse: Counter[str] = Counter()
-    for one, other, label in zip(first, second, labels, strict=True):
-        for text, good in ((one, label), (other, not label)):
-            if text is not None:
-                (better if good else worse).update(set(re.findall(r"[^\W\d_]{2,}", text.lower())))
-    # Where answers stand alone, there may be more of one kind than of the other.
-    prior = 0.5 if second[0] is not None else sum(labels) / len(labels)
+    """(word, z, better answers that hold it, worse ones) by a binomial test over answers that hold the word.
+
+    However many pairs of a prompt an answer is in, it is one better answer, one worse answer, or one of each.
+    """
+    sides = {
+        (case.prompt, text, good)
+        for case, one, other, label in zip(kept, first, second, labels, strict=True)
+        for text, good in ((one, label), (other, not label))
+        if text is not None
+    }
+    counts: dict[bool, Counter[str]] = {True: Counter(), False: Counter()}
+    for _, text, good in sides:
+        counts[good].update(set(re.findall(r"[^\W\d_]{2,}", text.lower())))
+    # There may be more answers of one kind than of the other.
+    prior = sum(good for _, _, good in sides) / len(sides)
     found = []
-    for word in better.keys() | worse.keys():
-        a, b = better[word], worse[word]
+    for word in counts[True].keys() | counts[False].keys():
+        a, b = counts[True][word], counts[False][word]
         if a + b >= 10:
             z = (a - prior * (a + b)) / (prior * (1 - prior) * (a + b)) ** 0.5
             if abs(z) > 4:

@@ -45,6 +45,15 @@ def folds(target: np.ndarray, groups: np.ndarray) -> Folds:
     return list(GroupKFold(_FOLDS).split(target, target, shuffled))
 
 
+def standard_error(right: np.ndarray, groups: np.ndarray) -> float:
+    """Of the share of rows that are right, where rows of one group go right or wrong together.
+
+    sqrt(Σ_groups (Σ_rows (right − mean))²) / rows.
+    """
+    sums = np.bincount(groups, right - right.mean())
+    return float(np.sqrt((sums**2).sum()) / len(right))
+
+
 def _tied(cases: Sequence[Case], keys: Callable[[Case], Iterable[Any]]) -> np.ndarray:
     """Components of the graph whose edges go from rows to their keys."""
     numbers: dict[Any, int] = {}
