@@ -119,9 +119,27 @@ def test_contradictions_circles_and_labels() -> None:
         single("t", "a", False),
     )
     findings = repeats.contradictions(data)
-    assert sorted(found(findings, "contradictions")) == [0, 2, 10]
+    assert sorted(found(findings, "contradictions")) == [0, 2, 9, 10]
     (circles,) = [f for f in findings if f.check == "circles"]
     assert [place for place, _ in circles.rows] == ["f, line 3 → f, line 4 → f, line 5"]
+
+
+def test_every_row_of_a_contradiction_is_named() -> None:
+    there, back = [pair("p", "a", "b")] * 3, [pair("p", "b", "a")] * 2
+    (opposed, _) = repeats.contradictions(cases(*there, *back, single("q", "a", True), *[single("q", "a", False)] * 3))
+    assert sorted(found([opposed], "contradictions")) == list(range(9))
+    assert opposed.summary == "9 rows say the opposite of another row"
+    told = {place: detail.partition(" in ")[2] or detail for place, detail in opposed.rows}
+    assert told["f, line 1"] == "contradicts f, line 3" and told["f, line 4"] == "contradicts f, line 0"
+    assert told["f, line 5"] == "f, line 6" and told["f, line 8"] == "f, line 5"
+
+
+def test_a_row_of_many_answers_is_named_once() -> None:
+    def scored(*scores: float) -> Record:
+        return Record("p", tuple(Reply(t, CHOSEN, s) for t, s in zip("abc", scores, strict=True)), scored=True)
+
+    (opposed, _) = repeats.contradictions(cases(scored(1.0, 2.0, 3.0), scored(3.0, 2.0, 1.0)))
+    assert found([opposed], "contradictions") == [0, 1]
 
 
 def test_scored_answers_hold_no_contradictions() -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from dpo_jax.data.checks.case import Case, Finding, share
+from dpo_jax.types import CHOSEN, REJECTED
 
 _WORD = re.compile(r"\w+")
 _SHINGLE = 5  # words
@@ -76,20 +77,25 @@ def _shingles(text: str) -> frozenset[int]:
 
 
 def contradictions(cases: Sequence[Case]) -> list[Finding]:
-    """Preferences that cannot all be right: A over B beside B over A, and longer circles."""
-    edges: dict[bytes, dict[tuple[str, str], str]] = defaultdict(dict)
+    """Preferences that cannot all be right: A over B beside B over A, and longer circles.
+
+    Every row of both sides is concerned, since nothing tells which side is wrong.
+    """
+    edges: dict[bytes, dict[tuple[str, str], list[str]]] = defaultdict(lambda: defaultdict(list))
     for case in cases:
         for better, worse in case.preferences:
             if better != worse:
-                edges[_key(case.prompt)].setdefault((better, worse), case.place)
-    against, circles = [], []
+                edges[_key(case.prompt)][better, worse].append(case.place)
+    against: dict[str, str] = {}
+    circles = []
     for graph in edges.values():
-        reversed_ = [(pair, place) for pair, place in graph.items() if (pair[1], pair[0]) in graph]
-        against += [(place, f"contradicts {graph[worse, better]}") for (better, worse), place in reversed_]
+        for (better, worse), places in graph.items():
+            opposite = graph.get((worse, better))
+            if opposite:
+                against |= {place: f"contradicts {opposite[0]}" for place in places if place not in against}
         if len(graph) > 2:
             circles += [(" → ".join(places), f"a circle of {len(places)} preferences") for places in _circles(graph)]
-    labels = _label_conflicts(cases)
-    both = against + labels
+    both = [*against.items(), *_label_conflicts(cases)]
     return [
         Finding("contradictions", len(both), f"{len(both)} rows say the opposite of another row", True, both),
         Finding(
@@ -98,20 +104,19 @@ def contradictions(cases: Sequence[Case]) -> list[Finding]:
     ]
 
 
-def _label_conflicts(cases: Sequence[Case]) -> list[tuple[str, str]]:
+def _label_conflicts(cases: Sequence[Case]) -> Iterator[tuple[str, str]]:
     """Single answers that are called both desirable and undesirable."""
-    seen: dict[bytes, tuple[int, str]] = {}
-    found = []
+    places: dict[bytes, dict[int, list[str]]] = defaultdict(lambda: {CHOSEN: [], REJECTED: []})
     for case in cases:
         if len(case.answers) == 1:
-            key, role = _key(case.prompt, case.answers[0]), case.record.replies[0].role
-            known = seen.setdefault(key, (role, case.place))
-            if known[0] != role:
-                found.append((case.place, f"the same answer has the other label in {known[1]}"))
-    return found
+            places[_key(case.prompt, case.answers[0])][case.record.replies[0].role].append(case.place)
+    for seen in places.values():
+        for role, other in ((CHOSEN, REJECTED), (REJECTED, CHOSEN)):
+            if seen[other]:
+                yield from ((place, f"the same answer has the other label in {seen[other][0]}") for place in seen[role])
 
 
-def _circles(graph: dict[tuple[str, str], str]) -> Iterator[list[str]]:
+def _circles(graph: Mapping[tuple[str, str], Sequence[str]]) -> Iterator[list[str]]:
     """A shortest circle of three preferences or more through each knot of answers that beat each other."""
     after: dict[str, list[str]] = defaultdict(list)
     for better, worse in graph:
@@ -121,7 +126,7 @@ def _circles(graph: dict[tuple[str, str], str]) -> Iterator[list[str]]:
         path = _way_back(start, after, done)
         if path:
             done.update(path)
-            yield [graph[a, b] for a, b in zip(path, [*path[1:], start], strict=True)]
+            yield [graph[a, b][0] for a, b in zip(path, [*path[1:], start], strict=True)]
 
 
 def _way_back(start: str, after: dict[str, list[str]], without: set[str]) -> list[str] | None:
