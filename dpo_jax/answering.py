@@ -32,7 +32,7 @@ class Answerer:
       rows: prompts that are answered at a time.
 
     Raises:
-      ValueError: no row, no room, or more tokens than the model has positions.
+      ValueError: no row or no room.
     """
 
     def __init__(
@@ -47,14 +47,9 @@ class Answerer:
     ) -> None:
         if rows < 1 or max_new_tokens < 1:
             raise ValueError(f"rows is {rows} and max_new_tokens {max_new_tokens}; expected at least 1 of both")
-        if prompt_length + max_new_tokens > model.config.context_length:
-            raise ValueError(
-                f"prompts of up to {prompt_length} tokens and max_new_tokens {max_new_tokens} do not fit into the "
-                f"model's {model.config.context_length} positions; shorten one of them"
-            )
         self._parts, lanes = parallel.row_parts, parallel.axis.parts
         self.rows = -(-rows // self._parts) * self._parts
-        self._prompt_length, self._vocab_size = prompt_length, model.config.vocab_size
+        self._prompt_length, self._room, self._config = prompt_length, max_new_tokens, model.config
         seats = self.rows * lanes // self._parts
         sampler = make_sampler(model, max_new_tokens=max_new_tokens, seats=seats, lanes=lanes, **settings)
         self._sample = parallel.row_function(sampler, "sample")
@@ -83,8 +78,14 @@ class Answerer:
           Samples of the next prompts, in order, on the host.
 
         Raises:
-          ValueError: a prompt is empty or too long, or has a token that the model does not know.
+          ValueError: a prompt is empty or too long, or has a token that the model does not know; or prompt and answer
+            may have more tokens than the model has positions.
         """
+        if self._prompt_length + self._room > self._config.context_length:
+            raise ValueError(
+                f"prompts of up to {self._prompt_length} tokens and max_new_tokens {self._room} do not fit into the "
+                f"model's {self._config.context_length} positions; shorten one of them"
+            )
         size = min(_ROUNDS, -(-len(prompts) // self.rows)) * self.rows
         for start in range(0, len(prompts), size):
             part = slice(start, start + size)
@@ -101,10 +102,10 @@ class Answerer:
                     f"a prompt has {len(prompt)} tokens; expected at least one, and at most data.prompt_length, "
                     f"{self._prompt_length}; raise it where prompts are longer"
                 )
-            if not 0 <= np.min(prompt) <= np.max(prompt) < self._vocab_size:
+            if not 0 <= np.min(prompt) <= np.max(prompt) < self._config.vocab_size:
                 raise ValueError(
                     f"a prompt has tokens from {np.min(prompt)} to {np.max(prompt)}; the model has rows for those "
-                    f"below {self._vocab_size}: leave what spells the others out of the prompt"
+                    f"below {self._config.vocab_size}: leave what spells the others out of the prompt"
                 )
             tokens_RP[r, : len(prompt)], length_R[r] = prompt, len(prompt)
         draws_R2, count = np.pad(draws_R2, ((0, size - len(prompts)), (0, 0))), len(prompts)

@@ -80,13 +80,19 @@ def test_no_prompt_at_all_is_refused() -> None:
     [
         ({"rows": 0}, "rows is 0 and max_new_tokens 7; expected at least 1"),
         ({"max_new_tokens": 0}, "max_new_tokens 0; expected at least 1"),
-        ({"max_new_tokens": 28}, "up to 5 tokens and max_new_tokens 28 do not fit into the model's 32 positions"),
     ],
 )
 def test_limits_that_cannot_be_are_refused(changes, message: str) -> None:
     limits = {"rows": 2, "max_new_tokens": ROOM, **changes}
     with pytest.raises(ValueError, match=message):
         Answerer(tiny_model(), DataParallel(jax.devices()[:1]), prompt_length=LONGEST, eos=2, **limits)
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused() -> None:
+    parallel = DataParallel(jax.devices()[:1])
+    answer = Answerer(tiny_model(), parallel, prompt_length=LONGEST, rows=2, max_new_tokens=28, eos=2)
+    with pytest.raises(ValueError, match="up to 5 tokens and max_new_tokens 28 do not fit into the model's 32 posi"):
+        answer({}, _prompts(1), row_draws(0, np.arange(1)), 1.0)
 
 
 @pytest.mark.parametrize("count", [3, 17, 31])

@@ -210,7 +210,9 @@ def test_tokens_of_another_tokenizer_are_named(pairs, tmp_path: Path) -> None:
     examples[2].prompt[0] = 5000
     tokenizer = tokenizer_fingerprint(pairs / f"tokenizer-{tiny_run.VOCAB}")
     write_examples({"train": examples, "eval": examples}, tmp_path / "data", name="tiny", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match=r"example 2 has tokens from \d+ to 5000; the tokenizer has those below 2"):
+    with pytest.raises(
+        ValueError, match=r"example 2 has tokens from \d+ to 5000; the model has rows for those below 2"
+    ):
         train.run(tiny_run.make_config(pairs, **{"data.path": str(tmp_path / "data")}), tmp_path / "run")
 
 
