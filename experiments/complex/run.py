@@ -217,7 +217,7 @@ def draw(rows: list[dict[str, object]], path: Path) -> None:
                 mark = "o-" if key[1] == "infinite" else "s:"
                 ax.errorbar(x, y, error, fmt=mark, ms=3, capsize=2, color=color, label=f"{key[0]}, {key[1]} pairs")
             ax.axhline(0, color="black", lw=0.8)
-            ax.set(title=f"{annotator} annotators", ylabel=f"wins against the {what}, less DPO's", xlabel="KL, nats")
+            ax.set(title=f"{annotator} annotators", ylabel=f"wins against the {what},\nless DPO's", xlabel="KL, nats")
             ax.grid(alpha=0.3)
     handles = axes[0, 0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
