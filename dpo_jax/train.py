@@ -299,7 +299,8 @@ class Trainer(OpenedRun):
     @staticmethod
     def _check_finite(state: TrainState, checkpoints: Checkpoints) -> None:
         """Nothing is saved that could not be gone on from."""
-        wrong = [name for name, leaf in named_leaves(state).items() if not _is_finite(leaf)]
+        own = ((name, part) for name, leaf in named_leaves(state).items() for _, part in own_parts(leaf))
+        wrong = [name for name, part in own if not finite(part).all()]
         if processes.any_of(bool(wrong)):
             name = wrong[0] if wrong else "an array of another process"
             raise FloatingPointError(
@@ -378,11 +379,6 @@ class Trainer(OpenedRun):
             len(self.parallel.devices),
             f"; continues after step {start}" if start else "",
         )
-
-
-def _is_finite(leaf: Any) -> bool:
-    """Of the parts that this process answers for."""
-    return all(finite(part).all() for _, part in own_parts(leaf))
 
 
 _NOBODY = -1  # no process has this index
