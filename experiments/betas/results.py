@@ -105,7 +105,7 @@ def _preference_cost(config: Config, shared: Shared) -> dict[str, float]:
 def draw(runs: list[Result], best: list[dict[str, Any]], path: Path) -> None:
     """Reward against KL: means over seeds at each evaluation, bars of one standard error over seeds."""
     matplotlib.use("Agg")
-    figure, ax = plt.subplots(figsize=(7.2, 5), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7.2, 5.8), layout="constrained")
     methods = list(dict.fromkeys((r.method, r.setting) for r in runs))
     for i, (method, setting) in enumerate(methods):
         own = [r for r in runs if (r.method, r.setting) == (method, setting)]
@@ -123,7 +123,7 @@ def draw(runs: list[Result], best: list[dict[str, Any]], path: Path) -> None:
             ax.plot(kl, reward, "k" + dashes, lw=1.2, label=f"best of N, chosen by the {chosen} reward")
     ax.set(xlabel=KL_LABEL, ylabel="reward of samples, P(positive)")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
+    figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
