@@ -122,6 +122,8 @@ class Encoder:
         self._eos = np.array([tokenizer.eos_token_id], np.int32)
         self._continuation = tokenizers.Continuation(tokenizer)
         self._special = encoding.template == "chat"
+        spelt = tokenizers.encode(tokenizer, [tokenizer.eos_token], self._special)[0]
+        self._anchor = tokenizer.eos_token if np.array_equal(spelt, self._eos) else ""
         self._render = _Chat(tokenizer) if self._special else _Plain()
 
     def identity(self) -> dict[str, Any]:
@@ -167,13 +169,14 @@ class Encoder:
             return error
 
     def _answer_texts(self, rendered: _Rendered) -> Iterator[str]:
-        """The texts of all segments; one that follows an EOS begins with it, since some tokenizers look back at it."""
+        """The texts of all segments; one that follows an EOS begins with it, where a text can: some tokenizers look
+        back at it."""
         for segments in rendered.answers:
             for segment, anchored in zip(segments, self._anchored(segments), strict=True):
-                yield self.tokenizer.eos_token + segment.text if anchored else segment.text
+                yield self._anchor + segment.text if anchored else segment.text
 
     def _anchored(self, segments: Sequence[Segment]) -> list[bool]:
-        return [self._special and before.ends for before in (Segment("", 0.0), *segments[:-1])]
+        return [bool(self._anchor) and before.ends for before in (Segment("", 0.0), *segments[:-1])]
 
     def _encoded(self, record: Record, rendered: _Rendered, prompt: np.ndarray, pieces: list[np.ndarray]) -> Encoded:
         notes: Counter[str] = Counter()

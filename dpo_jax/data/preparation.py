@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -265,6 +266,11 @@ class Request:
     on_error: str
     max_skips: float
 
+    @property
+    def own_held_out(self) -> tuple[Part, ...]:
+        """Sources of held-out examples alone: those that are given, or the public set's own; none of plain files."""
+        return self.held_out or ((self.part,) if self.part.pattern is None else ())
+
 
 def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) -> Path:
     """Prepares one source where that has not been done yet.
@@ -282,44 +288,27 @@ def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) ->
       ValueError: malformed rows, or no example is left.
       OSError: files cannot be read, fetched or written.
     """
-    downloads = folder / "downloads"
-    own = request.held_out or ((request.part,) if request.part.pattern is None else ())
-    # Each split's sources, and what they call it: held-out rows may be rows of the same files.
-    parts = {"train": ((request.part,), "train"), "eval": (own, "eval") if own else ((request.part,), "train")}
-    files = {
-        split: [path for part in of for path in part.files(name, downloads)] for split, (of, name) in parts.items()
-    }
+    downloads, splits = folder / "downloads", _splits(request)
+    files = {name: split.files(downloads) for name, split in splits.items()}
     settings = {
         "version": _VERSION,
         "encoding": encoder.identity(),
         "tokenizer": tokenizer,
-        "eval_share": None if own else request.eval_share,
-        "sets": {split: [part.name for part in of] for split, (of, _) in parts.items()},
-        "files": {split: [file_hash(path) for path in paths] for split, paths in files.items()},
+        "eval_share": None if request.own_held_out else request.eval_share,
+        "sets": {name: [part.name for part in split.parts] for name, split in splits.items()},
+        "files": {name: [file_hash(path) for path in paths] for name, paths in files.items()},
     }
     identity = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     place = folder / f"examples-{identity[:16]}"
     if is_prepared(place):
         _report(read_metadata(place).details["rows"], place)
         return place
-    # The held-out rows of the same files are counted once, as rows of another split.
-    readers = {
-        "train": Reader(request.on_error, request.max_skips),
-        "eval": Reader(request.on_error, request.max_skips) if own else Reader("skip", 1.0),
-    }
-    share = 0.0 if own else request.eval_share
-    splits = {
-        split: encoded_examples(
-            readers[split],
-            _records(of, readers[split], name, downloads),
-            encoder,
-            lambda record, split=split: bool(own) or is_held_out(record, share) == (split == "eval"),  # type: ignore[misc]
-        )
-        for split, (of, name) in parts.items()
-    }
     rows: dict[str, Any] = {}
     write_examples(
-        {split: _recorded(examples, split, readers[split], rows) for split, examples in splits.items()},
+        {
+            name: _recorded(split.examples(encoder, downloads), name, split.reader, rows)
+            for name, split in splits.items()
+        },
         place,
         name="preferences",
         tokenizer=tokenizer,
@@ -333,9 +322,42 @@ def prepare(request: Request, encoder: Encoder, tokenizer: str, folder: Path) ->
     return place
 
 
-def _records(parts: Sequence[Part], reader: Reader, split: str, downloads: Path) -> Iterator[tuple[Line, Record]]:
-    for part in parts:
-        yield from part.records(reader, split, downloads)
+@dataclass(frozen=True)
+class _Split:
+    """Where the examples of a split come from.
+
+    Attributes:
+      parts: its sources.
+      name: what these call it; held-out rows may be rows of their training files.
+      keep: which of their records belong to it.
+      reader: reads and counts them.
+    """
+
+    parts: tuple[Part, ...]
+    name: str
+    keep: Callable[[Record], bool]
+    reader: Reader
+
+    def files(self, downloads: Path) -> list[Path]:
+        return [path for part in self.parts for path in part.files(self.name, downloads)]
+
+    def examples(self, encoder: Encoder, downloads: Path) -> Iterator[Example]:
+        found = (part.records(self.reader, self.name, downloads) for part in self.parts)
+        return encoded_examples(self.reader, itertools.chain.from_iterable(found), encoder, self.keep)
+
+
+def _splits(request: Request) -> dict[str, _Split]:
+    part, own, reader = (request.part,), request.own_held_out, Reader(request.on_error, request.max_skips)
+    if own:
+        every: Callable[[Record], bool] = lambda record: True  # noqa: E731
+        other = Reader(request.on_error, request.max_skips)
+        return {"train": _Split(part, "train", every, reader), "eval": _Split(own, "eval", every, other)}
+    held_out: Callable[[Record], bool] = lambda record: is_held_out(record, request.eval_share)  # noqa: E731
+    # Rows that are wrong are counted, or stop it, when they are read for training.
+    return {
+        "train": _Split(part, "train", lambda record: not held_out(record), reader),
+        "eval": _Split(part, "train", held_out, Reader("skip", 1.0)),
+    }
 
 
 def is_held_out(record: Record, share: float) -> bool:
